@@ -31,6 +31,8 @@ Flat = Mapping[str, Any]
 
 DATA_LOCATIONS = ("source", "client-files", "client-column", "split", "test-source", "test-split")
 """Keys of `[data]` that locate data; for a named node, only its own settings apply."""
+OWN_PRIVACY = ("budget", "ledger", "public-units", "max-rows")
+"""Keys of `[privacy.dp]` that are a client's own; the same holds for them."""
 NEEDS_OWN_LISTENER = {
     "secure-aggregation": "clients know one another by the keys that a server of ours admits",
     "roster": "it lists those keys",
@@ -126,6 +128,10 @@ def read_node(run_config: Flat, node_config: Flat) -> AppNode:
         # The server must not say where data is on this machine.
         for key in DATA_LOCATIONS:
             table.get("data", {}).pop(key, None)
+        # Nor may it say how much privacy this node may spend, or where that is recorded.
+        private = table.get("privacy", {}).get("dp", {})
+        for key in OWN_PRIVACY:
+            private.pop(key, None)
         _merge(table, node_table)
         _name_data(table, settings)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from fedmomentum.flower.peft_arrays import ArraySpec, read_tensors
 from fedmomentum.lora.adapter import Adapter, check_size
 from fedmomentum.lora.peft_folder import from_peft_tensors
 from fedmomentum.utils.text import printable
+
+LOG = logging.getLogger("fedmomentum")
 
 MAX_EXAMPLES = 2.0**53
 """The largest weight; float64 cannot represent all larger integers."""
@@ -90,6 +93,11 @@ def read_replies(
             result.accepted.append(_read_reply(message, node_id, weight_key, residual, form))
         except FedMomentumError as error:
             result.rejected[node_id] = printable(str(error), MAX_REASON)
+        except OSError:  # this machine's fault, not the node's
+            raise
+        except Exception as error:
+            LOG.debug("the reply of node %d could not be read", node_id, exc_info=error)
+            result.rejected[node_id] = f"it could not be read ({type(error).__name__})"
     for node_id in waiting.values():
         result.rejected[node_id] = "no reply arrived in time"
     # sort them, so that results are bit-identical whatever the order of arrival

@@ -129,6 +129,8 @@ class StrategyState:
             total = self._sum([residual[module], matrix] if module in residual else [matrix])
             if rank_bound(total):
                 residual[module] = total
+            else:
+                residual.pop(module, None)
         state = replace(state, adapter=rounded, residual=residual)
         state._check_finite()
         return state, state._measure(result, added)

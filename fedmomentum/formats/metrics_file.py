@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def parse_record_line(
         FedMomentumError: If it is not a record; the message names the field.
     """
     row = parse_json(line, dict[str, Any], name, error)
-    check_free_form(row, name, error)
+    # A row grows with the number of clients, for which there is no limit.
+    check_free_form(row, name, error, max_items=math.inf)
     evaluation = row.get("evaluation")
     if isinstance(evaluation, dict):
         _keep_sums(evaluation)

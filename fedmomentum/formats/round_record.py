@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from fedmomentum.formats.scores import LARGEST, Score
-from fedmomentum.utils.schema import Count, Fraction
+from fedmomentum.formats.scores import Score
+from fedmomentum.utils.schema import LARGEST, Count, Fraction
 
 Number = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 Amount = Annotated[float, Meta(ge=0, le=LARGEST)]

@@ -8,10 +8,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from fedmomentum.utils.schema import MAX_LABELS, Count, Label, Schema
+from fedmomentum.utils.schema import LARGEST, MAX_LABELS, Count, Label, Schema
 
-LARGEST = 1e300
-"""Larger numbers overflow in almost any further computation, even in drawing a curve."""
 MAX_EXPONENT = 700.0
 """`exp` of more nats per token would overflow float64; perplexity is capped here."""
 NORMAL_95 = 1.959963984540054

@@ -161,7 +161,7 @@ class Ledger:
             except FileNotFoundError:
                 pass
             # Replies still exist if someone removed the file to start over.
-            if self._replies.is_dir():
+            if self._replies.is_dir() and any(self._replies.iterdir()):
                 raise PrivacyError(
                     f"{self.file} is missing, and {self._replies} shows that there was a ledger: "
                     "what was spent is not known. Restore it from a copy; or, if nothing in the "
@@ -179,7 +179,7 @@ class Ledger:
                 sha256="0" * 64,
             )
             # Only this user may read past replies and the key of the hashes.
-            self._replies.mkdir()
+            self._replies.mkdir(exist_ok=True)
             self._replies.chmod(0o700)
             self._write(record)
             return record

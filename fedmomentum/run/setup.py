@@ -255,6 +255,13 @@ def check_run_directory(
     began = saved_settings(out, server_round)
     if began is None:
         return
+    dp = config.privacy.dp
+    if server_round is not None and dp is not None and dp.epsilon is not None:
+        raise ConfigError(
+            "--round has rounds done again, and each training reveals something more: with "
+            "privacy.dp.epsilon the noise was chosen so that the run's rounds, each done once, "
+            f"reveal no more than epsilon {dp.epsilon:g}. Resume without it"
+        )
     # Paths may change, since the content at them is compared.
     if data_counts:
         changed = changed_settings(began, config, MAY_CHANGE)
@@ -262,7 +269,6 @@ def check_run_directory(
         keys = [key for key in changed_keys(began, config) if key not in MAY_CHANGE]
         changed = [key for key in keys if not key.startswith("data.")]
     # The noise was chosen for the rounds that the run began with.
-    dp = config.privacy.dp
     is_longer = config.federation.num_rounds > began.federation.num_rounds
     if is_longer and dp is not None and dp.epsilon is not None:
         changed.append("federation.num-rounds (the noise was chosen for privacy.dp.epsilon)")

@@ -15,7 +15,7 @@ from fedmomentum.lora.peft_layout import is_parameter_target
 from fedmomentum.lora.target_names import is_called, is_target
 from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.messages import MEASUREMENTS, OPTIMIZER, Reply, TrainResult, train_result
-from fedmomentum.server.reply_checks import check_losses, check_magnitude, check_measurements
+from fedmomentum.server.reply_checks import check_magnitude, check_measurements, check_training
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -99,7 +99,7 @@ class UpdateReader:
         """
         name = f"client {reply.client_id}"
         result = train_result(reply)
-        check_losses(result, name)
+        check_training(result, name)
         check_measurements(reply.tensors, self._num_probed, name)
         if self._method.prunes:
             _check_next_rank(result, self.rank(reply.client_id), name)

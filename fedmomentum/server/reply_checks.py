@@ -21,6 +21,7 @@ from fedmomentum.protocol.messages import (
     Reply,
     TrainResult,
 )
+from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation.aggregate import AggregationResult
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 
 MAX_LOSS = 1e6
 """The largest accepted loss, in nats per token. A uniform guess over a million words costs 14."""
+MAX_ROUNDING = 1e6
+"""The largest accepted rounding error of an update, relative to its norm. It exceeds 1 only where
+the update is far smaller than what it was added to."""
+MAX_EXAMPLE_TOKENS = 10**8
+"""The most accepted tokens of a held-out example: far more than any model's context. Summed over
+as many clients and examples as there can be, counts stay exact."""
 MAX_ELEMENT = 1e4
 """The largest number accepted in a factor or a tensor trained in full. Weights of language models
 are below 100, factors of trained adapters below 10; products of a thousand of the largest numbers
@@ -74,12 +81,17 @@ def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: st
         raise PayloadError(f"{name}: {SECONDS} holds a time below 0")
 
 
-def check_losses(result: TrainResult, name: str) -> None:
-    """Check the reported training losses.
+def check_training(result: TrainResult, name: str) -> None:
+    """Check the figures that a client reports of its training.
 
     Raises:
-        PayloadError: If one of them is beyond `MAX_LOSS`.
+        PayloadError: If a loss is beyond `MAX_LOSS`, or the rounding error beyond `MAX_ROUNDING`.
     """
+    if result.rounding > MAX_ROUNDING:
+        raise PayloadError(
+            f"{name}: its rounding error is {result.rounding:g} of the update; 16 bits lose no "
+            f"more than {MAX_ROUNDING:g}"
+        )
     for key in ("loss", "first_loss", "last_loss"):
         value = getattr(result, key)
         if value is not None and abs(value) > MAX_LOSS:
@@ -155,14 +167,22 @@ def check_evaluation(
             f"{name}: a score over {total.num_examples} examples; at most {num_examples} were "
             "asked for"
         )
-    if sum(score.num_examples for score in result.by_category.values()) != total.num_examples:
-        raise PayloadError(f"{name}: the categories of its evaluation do not add up to its total")
+    _check_categories(result, total, name)
     for key in ("num_examples", "num_exact", "num_tokens"):
         if getattr(compared, key) > getattr(total, key):
             raise PayloadError(
                 f"{name}: {key} is {getattr(compared, key)} in the compared examples and "
                 f"{getattr(total, key)} in all"
             )
+
+
+def _check_categories(result: EvaluateResult, total: Score, name: str) -> None:
+    """Refuse categories without examples, of which there could be any number, and other sums."""
+    empty = sorted(key for key, score in result.by_category.items() if not score.num_examples)
+    if empty:
+        raise PayloadError(f"{name}: its category {printable(empty[0], 80)} has no examples")
+    if sum(score.num_examples for score in result.by_category.values()) != total.num_examples:
+        raise PayloadError(f"{name}: the categories of its evaluation do not add up to its total")
 
 
 def _check_score(score: Score, name: str) -> None:
@@ -174,6 +194,11 @@ def _check_score(score: Score, name: str) -> None:
         raise PayloadError(
             f"{name}: {score.num_tokens} tokens in {score.num_examples} examples; each has one at "
             "least"
+        )
+    if score.num_tokens > MAX_EXAMPLE_TOKENS * score.num_examples:
+        raise PayloadError(
+            f"{name}: {score.num_tokens} tokens in {score.num_examples} examples; each has "
+            f"{MAX_EXAMPLE_TOKENS} at most"
         )
     if score.nll > MAX_LOSS * score.num_tokens:
         raise PayloadError(

@@ -17,7 +17,7 @@ import msgspec
 
 from fedmomentum.errors import LostRoundError, QuorumError
 from fedmomentum.protocol.secure_messages import SecureTerms
-from fedmomentum.protocol.sum_work import training_work
+from fedmomentum.protocol.sum_work import evaluation_work, training_work
 from fedmomentum.server.change_bound import change_bound, moment_terms
 from fedmomentum.server.kept_sums import KeptSums, TrainedParties
 from fedmomentum.server.reply_checks import check_ready
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fedmomentum.aggregation.moments import Moments
     from fedmomentum.config.schema import Config
     from fedmomentum.global_model.model import GlobalModel
-    from fedmomentum.protocol.messages import TrainRequest
+    from fedmomentum.protocol.messages import EvaluateRequest, TrainRequest
     from fedmomentum.protocol.transport import Transport
     from fedmomentum.secure_sum.roster import Roster
     from fedmomentum.server.exchange import Exchange
@@ -216,9 +216,13 @@ class SecureRounds:
         summed: SummedRound | None,
         server_round: int,
         replies: Replies,
-        work: str,
+        request: EvaluateRequest,
         labels: Sequence[str],
     ) -> RoundEvaluation:
-        """Return the clients' pooled scores; see `RoundSums.scores`."""
+        """Return the clients' pooled scores; see `RoundSums.scores`.
+
+        `request` is what any of them was asked to evaluate.
+        """
+        work = evaluation_work(request)
         scores = self._sums.scores(run_id, summed, server_round, replies, work, labels)
         return RoundEvaluation(replies, scores)

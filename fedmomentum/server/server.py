@@ -15,7 +15,6 @@ from fedmomentum.errors import LostRoundError
 from fedmomentum.formats.round_record import Diagnostics, RoundRecord
 from fedmomentum.formats.withheld import withheld_by
 from fedmomentum.protocol.messages import Reply
-from fedmomentum.protocol.sum_work import evaluation_work
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.client_updates import UpdateReader, next_rank
 from fedmomentum.server.delivery import consolidate_if_due
@@ -376,9 +375,9 @@ class Server:
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s gave no evaluation: %s", server_round, client, reason)
         if self._secure is not None:
-            work = evaluation_work(next(iter(requests.values())))
+            request = requests[clients[0]]
             run_id = self.state.run_id
-            return self._secure.scores(run_id, summed, server_round, replies, work, labels)
+            return self._secure.scores(run_id, summed, server_round, replies, request, labels)
         return pool_scores(replies, expected)
 
     # ── recording ──

@@ -33,7 +33,9 @@ MAX_LABELS = 10_000
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 PositiveCount = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Size = Annotated[float, Meta(ge=0)]
+LARGEST = 1e300
+"""Larger numbers overflow in almost any further computation, even in drawing a curve."""
+Size = Annotated[float, Meta(ge=0, le=LARGEST)]
 """A norm, a duration or a loss: finite and nonnegative."""
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -100,25 +102,31 @@ def _refused_value(data: bytes | str, problem: msgspec.ValidationError) -> str:
     return f"; got {printable(repr(value), 80)}"
 
 
-def check_free_form(value: Any, name: str, error: type[FedMomentumError] = PayloadError) -> None:
+def check_free_form(
+    value: Any,
+    name: str,
+    error: type[FedMomentumError] = PayloadError,
+    max_items: float = MAX_ITEMS,
+) -> None:
     """Reject free-form JSON that is nested too deeply, is too large, or has keys that are not text.
 
     Args:
         value: The value.
         name: How error messages refer to it.
         error: The error to raise.
+        max_items: The most values that it may contain.
 
     Raises:
         FedMomentumError: If the value is nested deeper than `MAX_DEPTH`, contains more than
-            `MAX_ITEMS` values, or has a key that is not text.
+            `max_items` values, or has a key that is not text.
     """
-    remaining = MAX_ITEMS
+    remaining = max_items
     level = [value]
     # Iterate level by level to avoid the recursion limit.
     for _ in range(MAX_DEPTH + 1):
         remaining -= len(level)
         if remaining < 0:
-            raise error(f"{name} holds more than {MAX_ITEMS} values")
+            raise error(f"{name} holds more than {max_items} values")
         next_level: list[Any] = []
         for item in level:
             if isinstance(item, Mapping):

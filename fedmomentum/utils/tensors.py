@@ -22,6 +22,18 @@ MAX_HEADER_BYTES = 64 * 2**20
 LENGTH_BYTES = 8
 """Number of bytes at the beginning of a safetensors file that hold its header's length."""
 FLOAT32_BYTES = 4
+MAX_ELEMENTS = 2**62
+"""The most elements whose number still fits into torch's integers."""
+INVALID = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+)
+"""What json, safetensors and torch raise on headers that are not what they claim to be."""
 
 
 def safetensors_bytes(
@@ -64,7 +76,7 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[st
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is no table")
         tensors = safetensors.torch.load(data)
-    except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as error:
+    except (SafetensorError, *INVALID) as error:
         raise PayloadError(f"{name}: not safetensors: {error}") from error
     return tensors, metadata
 
@@ -93,13 +105,16 @@ def _views(data: bytes) -> dict[str, Tensor] | None:
     try:
         header = json.loads(data[LENGTH_BYTES:start])
         entries = {key: msgspec.convert(value, _Entry) for key, value in header.items()}
-    except (ValueError, AttributeError, RecursionError):
+    except INVALID:
         return None
     position = 0
     for entry in sorted(entries.values(), key=lambda entry: entry.data_offsets):
         begin, end = entry.data_offsets
         num_bytes = math.prod(entry.shape) * FLOAT32_BYTES
         if entry.dtype != "F32" or begin != position or end != begin + num_bytes:
+            return None
+        # The strides of an empty tensor are products of its other sides.
+        if math.prod(max(side, 1) for side in entry.shape) > MAX_ELEMENTS:
             return None
         position = end
     if start + position != len(data):
@@ -144,7 +159,7 @@ def read_metadata(file: Path) -> dict[str, str]:
         header = opened.read(length)
     try:
         metadata = json.loads(header).get("__metadata__", {})
-    except (ValueError, AttributeError, RecursionError) as error:
+    except INVALID as error:
         raise PayloadError(f"{file}: not safetensors: {error}") from error
     return metadata if isinstance(metadata, dict) else {}
 

@@ -51,6 +51,22 @@ def test_a_nodes_own_values_win_and_its_data_is_its_own():
     assert node.store("north") == Path("nodes/north").resolve()
 
 
+def test_a_run_does_not_say_how_much_privacy_a_node_spends_or_where_that_is_recorded():
+    run = RUN | {
+        "privacy.dp.epsilon": 3.0,
+        "privacy.dp.budget": 1e9,
+        "privacy.dp.ledger": "/elsewhere",
+        "privacy.dp.public-units": 10**6,
+        "privacy.dp.max-rows": 10**6,
+    }
+    dp = read_node(run, NODE).config.privacy.dp
+    assert dp.epsilon == 3.0
+    assert (dp.budget, dp.ledger, dp.public_units, dp.max_rows) == (None, None, None, None)
+    own = {"privacy.dp.budget": 4.0, "privacy.dp.ledger": "spent"}
+    dp = read_node(run, NODE | own).config.privacy.dp
+    assert dp.budget == 4.0 and str(dp.ledger).endswith("spent")
+
+
 def test_paths_are_relative_to_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "letters.jsonl").touch()

@@ -310,6 +310,17 @@ def huge_header(array):
     return Array("float64", (3, 10**9), "numpy.ndarray", stream.getvalue())
 
 
+def npy_with_header(text):
+    """An array whose header is any text: numpy evaluates it, and what it raises varies."""
+
+    def make(array):
+        header = text.encode().ljust(117) + b"\n"
+        data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        return Array(array.dtype, array.shape, array.stype, data + array.data[128:])
+
+    return replaced(make)
+
+
 BAD = {
     "array base_model.model.a.q_proj.lora_A.weight is missing": change_array(
         lambda arrays, key: arrays.pop(key)
@@ -345,10 +356,22 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("reason", BAD)
-def test_a_bad_reply_is_named_and_spoils_no_other(reason, caplog):
+HEADERS = (
+    "{'descr': (",
+    "{'descr': (), 'fortran_order': False, 'shape': (3, 9)}",
+    "{'descr': ('<f4',), 'fortran_order': False, 'shape': (3, 9)}",
+    "{'descr': '<f8', 'fortran_order': False, 'shape': (3, -9)}",
+    "[" * 100,
+)
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [*BAD.items(), *(("array", npy_with_header(text)) for text in HEADERS)],
+)
+def test_a_bad_reply_is_named_and_spoils_no_other(reason, change, caplog):
     clients = {node: Client(node) for node in EXAMPLES}
-    clients[22].change = BAD[reason]
+    clients[22].change = change
     strategy = make_strategy()
     result, _, _ = play(strategy, clients)
     (record,) = (r.getMessage() for r in caplog.records if "does not count" in r.getMessage())

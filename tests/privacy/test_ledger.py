@@ -175,6 +175,15 @@ def test_removed_ledger_does_not_reset_what_was_spent(tmp_path):
     assert not ledger.file.exists()
 
 
+def test_a_kill_while_a_ledger_is_created_leaves_no_trace_of_one(tmp_path):
+    ledger = ledger_of(tmp_path)
+    ledger.begin(1)
+    ledger.file.unlink()  # as if killed before it was written
+    ledger.begin(1)
+    train(ledger)
+    assert len(ledger.read().trainings) == 1
+
+
 def test_replies_of_the_newest_trainings_are_kept(tmp_path):
     ledger = ledger_of(tmp_path)
     for number, task in enumerate(TASKS[: RETAINED_REPLIES + 2]):

@@ -264,6 +264,8 @@ def test_run_for_an_epsilon_cannot_be_made_longer(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="noise was chosen for privacy.dp.epsilon"):
         setup.check_run_directory(longer, tmp_path, resume=True)
     setup.check_run_directory(first_config, tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="--round has rounds done again"):
+        setup.check_run_directory(first_config, tmp_path, resume=True, server_round=1)
     richer = private_config(tmp_path, dp={**epsilon, "budget": 60.0, "ledger": "elsewhere"})
     setup.check_run_directory(richer, tmp_path, resume=True)
     noisier = private_config(tmp_path, dp={**epsilon, "max-grad-norm": 2.0})

@@ -345,6 +345,10 @@ def _set(key, value):
     return altered(lambda fields: fields.__setitem__(key, value))
 
 
+def _metrics(**changes):
+    return altered(lambda fields: fields["metrics"].update(changes))
+
+
 def _tensor(change, name="lora_A"):
     def edit(fields):
         tensors = fields["tensors"]
@@ -386,6 +390,11 @@ FAULTS = {
         _set("metrics", {"loss": float("nan"), "first_loss": 1.0, "last_loss": 1.0}),
         "not valid JSON",
     ),
+    "rounding beyond what a record holds": (
+        _metrics(rounding=1e308),
+        "rounding.*Expected .float. <= 1e.300",
+    ),
+    "rounding beyond belief": (_metrics(rounding=1e7), "its rounding error is 1e.07 of the update"),
     "metrics missing": (_set("metrics", {}), "answer: .*kind"),
     "too large": (_tensor(lambda t, k: t.__setitem__("pad", torch.zeros(2**20))), "bytes; at most"),
 }
@@ -432,6 +441,22 @@ def test_impossible_evaluations_are_refused_by_name(folder, tmp_path):
         assert (
             set(row["evaluation"]["by_client"]) == {"site0", "site2"} and "site1" in row["failures"]
         )
+    # Counts that are valid one by one, but whose sum over two clients no record could hold.
+    many = altered(lambda fields: fields["metrics"]["total"].update(num_tokens=2**53 - 1))
+    nothing = {"nll": 0.0, "num_tokens": 0, "num_examples": 0, "num_exact": 0}
+    empty = altered(
+        lambda fields: fields["metrics"]["by_category"].update(
+            {f"category {i}": nothing for i in range(1000)}
+        )
+    )
+    for name, fault, reason in (
+        ("many", many, "9007199254740991 tokens in"),
+        ("empty", empty, "its category category 0 has no examples"),
+    ):
+        with_faults(config, tmp_path / name, {"site1": fault}, kind="evaluate")
+        row = timeless(tmp_path / name)[1]
+        assert set(row["evaluation"]["by_client"]) == {"site0", "site2"}
+        assert reason in row["failures"]["site1"]
     nan = _tensor(
         lambda t, k: t.__setitem__("probe.effective", t["probe.effective"] * float("nan")),
         "probe.effective",

@@ -71,6 +71,8 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         {"a": F32, "b": F32},  # two tensors in one place
         {"a": {**F32, "shape": [-2]}},
         {"a": {**F32, "shape": [2**40, 2**40]}},
+        {"a": F32, "b": {**F32, "shape": [2**40, 2**40, 0], "data_offsets": [8, 8]}},
+        {"a": F32, "b": {**F32, "shape": [0, 2**63], "data_offsets": [8, 8]}},
         {"a": {**F32, "shape": [1], "data_offsets": [0, 4]}},  # less than there is
         {"a": {**F32, "data_offsets": [8, 0]}},
         {"a": []},
