@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 from msgspec import Meta
 
 from fedmomentum.errors import ModelError
-from fedmomentum.utils.io import write_json
+from fedmomentum.utils.io import json_bytes, write_atomically
 from fedmomentum.utils.records import read_record, with_checksum
 from fedmomentum.utils.schema import Count, Hash, Schema, Text
 
@@ -136,8 +136,7 @@ def _store_split(
         "num_train": len(train),
         "seed": seed,
     }
-    write_json(file, with_checksum(table))
-    file.chmod(0o600)
+    write_atomically(file, json_bytes(with_checksum(table)), permissions=0o600)
 
 
 def _describe_change(

@@ -337,8 +337,7 @@ class Ledger:
     def _write(self, record: LedgerRecord) -> None:
         """Write the file, readable only by this user."""
         table = msgspec.to_builtins(record)
-        write_atomically(self.file, json_bytes(with_checksum(table)))
-        self.file.chmod(0o600)
+        write_atomically(self.file, json_bytes(with_checksum(table)), permissions=0o600)
 
     @contextmanager
     def _locked(self, purpose: str, *, waits: bool = True) -> Iterator[None]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
+def write_atomically(
+    path: Path, data: bytes, *, durable: bool = True, permissions: int = 0o644
+) -> None:
     """Write a file so that it always holds either its old or its complete new content.
 
     This also holds after a crash: a temporary file in the same directory is written, synced to disk
@@ -20,9 +22,10 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
         data: Its new content.
         durable: Whether the new content must survive a crash of the machine. If not, nothing is
             synced, but every reader still sees a complete file.
+        permissions: Who may read and write the file, from the moment that it exists.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, permissions)
     try:
         remaining = memoryview(data)
         while remaining:

@@ -1,11 +1,14 @@
 """Records: a checksum over all fields, and any damage is refused by name."""
 
 import json
+import os
+import stat
 
 import pytest
 
 from fedmomentum.errors import ModelError
 from fedmomentum.formats.run_files import ReportedFile
+from fedmomentum.utils.io import write_atomically
 from fedmomentum.utils.records import parse_record, with_checksum
 
 
@@ -34,3 +37,21 @@ def _loads(data: bytes):
         return json.loads(data)
     except ValueError:
         return None
+
+
+def test_a_private_file_is_never_readable_by_others(tmp_path, monkeypatch):
+    """Not even for the moment before it has its name, nor with the most permissive mask."""
+    seen = []
+    rename = os.replace
+
+    def note(source, target):
+        seen.append(stat.S_IMODE(os.stat(source).st_mode))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    before = os.umask(0)
+    try:
+        write_atomically(tmp_path / "file", b"secret", permissions=0o600)
+    finally:
+        os.umask(before)
+    assert seen == [0o600] and stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
