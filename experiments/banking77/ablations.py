@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python experiments/banking77/ablations.py --data BANKING77_DIRECTORY
     [--only few|many] [--out runs/banking77-ablations] [--table DIRECTORY]
 
-The task, the seeds 8 to 15 and the rule for learning rates are those of moments.py; FedMomentum as
-it is by default (split procrustes, shared moments, residual merged) is among its variants.
+The task, the seeds 8 to 15 and the rule for learning rates are those of moments.py. What is changed
+is FedMomentum with the Procrustes split, shared moments and a merged residual, one of its variants.
 
 One thread, half a minute a run, some 130 runs a setting. The result is one line a run in
 ablations-few.csv and ablations-many.csv under `--table`, by default results/: a run that is there
@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import moments
 import trials
 
-DEFAULT = f"fedmomentum:split=procrustes;{moments.SHARED}"
+BASELINE = f"fedmomentum:split=procrustes;{moments.SHARED}"
 ABLATIONS = {
     "fedmomentum:split=procrustes;training.optimizer-state=fresh": "a new optimizer every round",
     "fedmomentum:split=procrustes;training.optimizer-state=local": "each client's own moments",
@@ -31,7 +31,7 @@ ABLATIONS = {
     f"fedmomentum:split=procrustes;residual=carried;{moments.SHARED}": "residual carried into the next sum",
     f"fedmomentum:split=procrustes;residual=dropped;{moments.SHARED}": "residual dropped",
     f"fedmomentum:split=procrustes;energy=0.9;{moments.SHARED}": "energy 0.9, the rest carried",
-    f"{DEFAULT};training.learning-rate-schedule=cosine": "learning rate falling by a cosine",
+    f"{BASELINE};training.learning-rate-schedule=cosine": "learning rate falling by a cosine",
 }
 """Variant to what is changed."""
 

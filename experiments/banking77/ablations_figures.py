@@ -2,7 +2,7 @@
 
 python experiments/banking77/ablations_figures.py     prints them
 
-The lines of moments.py have FedMomentum as it is by default. A variant is listed when all of its
+The lines of moments.py have FedMomentum with nothing changed. A variant is listed when all of its
 seeds are there.
 """
 
@@ -19,26 +19,26 @@ def tables() -> str:
         by_method = committed_scores(f"ablations-{setting}", moments.SEEDS)
         if not by_method:
             continue
-        default = ablations.DEFAULT
+        baseline = ablations.BASELINE
         values = {}
         for name in ("exact_match", "loss", "bytes"):
-            values[name] = {default: scores(f"moments-{setting}", name)[default]}
+            values[name] = {baseline: scores(f"moments-{setting}", name)[baseline]}
             values[name].update(column_of(by_method, name))
         exact = values["exact_match"]
         lines += [
             f"**{title}**",
             "",
-            "| FedMomentum with | exact match, % | loss | to the default, points | sent, MB |",
+            "| FedMomentum with | exact match, % | loss | to the first row, points | sent, MB |",
             "|---|---|---|---|---|",
         ]
-        for method, name in {default: "nothing changed", **ablations.ABLATIONS}.items():
+        for method, name in {baseline: "nothing changed", **ablations.ABLATIONS}.items():
             if method in exact:
-                is_default = method == default
+                is_baseline = method == baseline
                 row = [
                     name,
                     percent(mean_of(exact[method].values())),
                     f"{mean_of(values['loss'][method].values()).mean:.3f}",
-                    "" if is_default else interval(difference(exact, method, default)),
+                    "" if is_baseline else interval(difference(exact, method, baseline)),
                     f"{mean_of(values['bytes'][method].values()).mean / 1e6:.0f}",
                 ]
                 lines.append(f"| {' | '.join(row)} |")

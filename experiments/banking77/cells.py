@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python experiments/banking77/cells.py --data BANKING77_DIRECTORY
     [--only CELL] [--methods ...] [--out runs/banking77-cells] [--table DIRECTORY]
 
-Task, model, grid and rule for learning rates are those of moments.py. FedMomentum (procrustes),
+Task, model, grid and rule for learning rates are those of moments.py. FedMomentum with either split,
 FedEx-LoRA and FedIT all share the optimizer's moments; the comparison is on seeds of its own, 16 to
 23, each run once.
 
@@ -30,6 +30,7 @@ from fedmomentum.config.toml import apply_overrides
 from fedmomentum.utils.process import quiet_libraries
 
 METHODS = (
+    f"fedmomentum:split=balanced;{moments.SHARED}",
     f"fedmomentum:split=procrustes;{moments.SHARED}",
     f"fedexlora:{moments.SHARED}",
     f"fedit:{moments.SHARED}",

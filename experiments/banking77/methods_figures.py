@@ -2,8 +2,9 @@
 
 python experiments/banking77/methods_figures.py     prints the tables, draws the figure
 
-They join the committed lines of methods.py and the five variants of moments.py, which have the same
-seeds and the same rule for learning rates. A variant is listed when all of its seeds are there.
+They join the committed lines of methods.py, the five variants of moments.py, and of ablations.py
+FedMomentum as it is by default. All have the same seeds and the same rule for learning rates. A
+variant is listed when all of its seeds are there.
 """
 
 from collections.abc import Sequence
@@ -27,13 +28,14 @@ from figures import (
     use_style,
 )
 from matplotlib.axes import Axes
-from moments_figures import SHARED
 from trials import committed_scores
 
 from fedmomentum.results.statistics import MeanEstimate
 
+DEFAULT = f"fedmomentum:split=balanced;{moments.SHARED}"
 NAMES = {
     "fedmomentum": "FedMomentum, balanced",
+    "fedmomentum:split=balanced": "FedMomentum, balanced",
     "fedmomentum:split=procrustes": "FedMomentum, procrustes",
     "fedit": "FedIT",
     "flora": "FLoRA",
@@ -67,13 +69,13 @@ def tables() -> str:
         lines += [
             f"**{title}**",
             "",
-            "| method, optimizer | learning rate | exact match, % | loss | to FedMomentum shared, "
-            "points | cosine | sent, MB |",
+            "| method, optimizer | learning rate | exact match, % | loss | to the default of "
+            "FedMomentum, points | cosine | sent, MB |",
             "|---|---|---|---|---|---|---|",
         ]
         for method in sorted(exact, key=lambda name: -mean_of(exact[name].values()).mean):
             mean = mean_of(exact[method].values())
-            baseline = "" if method == SHARED else interval(difference(exact, method, SHARED))
+            baseline = "" if method == DEFAULT else interval(difference(exact, method, DEFAULT))
             cosines = values["update_cosine"].get(method)
             lines.append(
                 f"| {name_of(method)} | {mean_of(values['rate'][method].values()).mean:g} | "
@@ -87,7 +89,7 @@ def tables() -> str:
 
 
 def draw() -> None:
-    """Write results/methods.svg: each method's difference to FedMomentum with shared moments."""
+    """Write results/methods.svg: each method's difference to the default of FedMomentum."""
     use_style()
     figure, axes = plt.subplots(
         1, 2, figsize=(10, 6), sharex=True, sharey=True, layout="constrained"
@@ -96,10 +98,10 @@ def draw() -> None:
     places = place_of_each([*exact.values()])
     for axis, (setting, title) in zip(axes, TITLES.items(), strict=True):
         for method in exact[setting]:
-            if method != SHARED and method not in PERSONAL:
+            if method != DEFAULT and method not in PERSONAL:
                 plot_difference(axis, exact[setting], method, places[title_of(method)])
         axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set(title=title, xlabel="exact match against FedMomentum, shared moments, points")
+        axis.set(title=title, xlabel="exact match against FedMomentum by default, points")
     axes[0].set_yticks(list(places.values()), list(places))
     for is_shared in (True, False):
         label = "shared moments" if is_shared else "a new optimizer every round"
@@ -123,8 +125,8 @@ def place_of_each(settings: Sequence[dict[str, dict[int, float]]]) -> dict[str, 
 def plot_difference(
     axis: Axes, exact: dict[str, dict[int, float]], method: str, place: int
 ) -> None:
-    """Draw a method's mean difference to FedMomentum with shared moments, and its interval."""
-    mean = difference(exact, method, SHARED)
+    """Draw a method's mean difference to the default of FedMomentum, and its interval."""
+    mean = difference(exact, method, DEFAULT)
     assert mean.low is not None and mean.high is not None
     color, marker = STYLES[moments.SHARED in method]
     height = place + (0.15 if moments.SHARED in method else -0.15)
@@ -133,8 +135,9 @@ def plot_difference(
 
 
 def title_of(method: str) -> str:
-    """Return a method's name, without its split and its optimizer."""
-    return NAMES[method.partition(":")[0]].partition(",")[0]
+    """Return a method's name, without its optimizer and the published split."""
+    name = NAMES[method.partition(":")[0]].partition(",")[0]
+    return f"{name}, procrustes" if "procrustes" in method else name
 
 
 def gain_table() -> str:
@@ -145,8 +148,8 @@ def gain_table() -> str:
         "|---|---|---|",
     ]
     for method in NAMES:
-        # FedMomentum as published has another split, too.
-        shared = SHARED if method == "fedmomentum" else f"{method}:{moments.SHARED}"
+        # Other than fresh, the default of FedMomentum says which split it has.
+        shared = DEFAULT if method == "fedmomentum" else f"{method}:{moments.SHARED}"
         if all({method, shared} <= values.keys() for values in exact.values()):
             gains = [interval(difference(values, shared, method)) for values in exact.values()]
             lines.append(f"| {title_of(method)} | {' | '.join(gains)} |")
@@ -164,14 +167,14 @@ def level_methods() -> list[str]:
     for method in NAMES:
         shared = f"{method}:{moments.SHARED}"
         if all(shared in values for values in exact.values()):
-            means = [difference(values, shared, SHARED) for values in exact.values()]
+            means = [difference(values, shared, DEFAULT) for values in exact.values()]
             if not any(is_apart(mean) for mean in means):
                 level.append(method)
     return level
 
 
 def not_behind_as_published() -> list[str]:
-    """Return the methods as published that FedMomentum with shared moments is not ahead of.
+    """Return the methods as published that FedMomentum by default is not ahead of.
 
     Methods that train a model for each client are left out.
     """
@@ -181,7 +184,7 @@ def not_behind_as_published() -> list[str]:
         for method in exact:
             if moments.SHARED in method or method in PERSONAL:
                 continue
-            mean = difference(exact, method, SHARED)
+            mean = difference(exact, method, DEFAULT)
             if not (is_apart(mean) and mean.mean < 0):
                 not_behind.append(method)
     return not_behind
@@ -212,6 +215,7 @@ def measures(setting: str) -> dict[str, Values]:
         # By round, the mean over the seeds.
         values["update_cosine"][method] = cosines[method]
     by_method = committed_scores(f"methods-{setting}", moments.SEEDS)
+    by_method[DEFAULT] = committed_scores(f"ablations-{setting}", moments.SEEDS)[DEFAULT]
     for name in MEASURES:
         values[name].update(column_of(by_method, name))
     return values

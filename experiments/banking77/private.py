@@ -165,6 +165,10 @@ class Trials:
 def settings_of(config: Config, method: str, epsilon: float, seed: int, rate: float) -> Config:
     """Return the settings of one run."""
     overrides = [f"method.name={method}", f"run.seed={seed}", f"training.learning-rate={rate}"]
+    if method == "fedmomentum":
+        overrides.append("method.settings.split=procrustes")
+    if method == "fedmomentum":
+        overrides.append("method.settings.split=procrustes")
     if not math.isinf(epsilon):
         overrides.append(f"privacy.dp.epsilon={epsilon}")
     return apply_overrides(config, overrides)

@@ -37,7 +37,7 @@ METHODS = (PUBLISHED, "fedit", "flora", "ffalora", "frlora")
 """The paper's methods."""
 MORE_METHODS = (
     "fedexlora",
-    "fedmomentum:split=procrustes;training.optimizer-state=shared",
+    "fedmomentum:split=balanced;training.optimizer-state=shared",
     "fedexlora:training.optimizer-state=shared",
 )
 GRID = Grid(

@@ -22,12 +22,15 @@ TITLES = {
 }
 """By comparison: folders of results, and their titles."""
 CHOICES = "choices.csv"
+MORE_VARIANTS = {"many": "many-variants"}
+"""Folder of methods to that of variants of FedMomentum with the same settings and dtype."""
 PUBLISHED = "fedmomentum:split=balanced"
-SHARED = "fedmomentum:split=procrustes;training.optimizer-state=shared"
+PROCRUSTES_SHARED = "fedmomentum:split=procrustes;training.optimizer-state=shared"
+DEFAULT = "fedmomentum:split=balanced;training.optimizer-state=shared"
 NAMES = {
     PUBLISHED: "FedMomentum as published",
-    SHARED: "FedMomentum, procrustes, shared",
-    "fedmomentum:split=balanced;training.optimizer-state=shared": "FedMomentum, balanced, shared",
+    DEFAULT: "FedMomentum, balanced, shared",
+    PROCRUSTES_SHARED: "FedMomentum, procrustes, shared",
     "fedmomentum:split=procrustes;training.optimizer-state=fresh": "FedMomentum, procrustes, fresh",
     "fedexlora": "FedEx-LoRA, fresh",
     "fedexlora:training.optimizer-state=shared": "FedEx-LoRA, shared",
@@ -41,14 +44,21 @@ Scores = dict[str, dict[int, float]]
 
 
 def scores(setting: str, column: str) -> tuple[Scores, dict[str, float]]:
-    """Return a column of comparison.csv by method and seed, and each method's learning rate."""
+    """Return a column of comparison.csv by method and seed, and each method's learning rate.
+
+    Variants of FedMomentum that were compared in the same setting are included.
+    """
     table: Scores = {}
     rates = {}
-    with (RESULTS / setting / "comparison.csv").open() as file:
-        for row in csv.DictReader(file):
-            method, rate = _method_and_rate(row["method"])
-            table.setdefault(method, {})[int(row["seed"])] = float(row[column])
-            rates[method] = rate
+    for folder in (setting, MORE_VARIANTS.get(setting, setting)):
+        file = RESULTS / folder / "comparison.csv"
+        if not file.is_file():
+            continue
+        with file.open() as opened:
+            for row in csv.DictReader(opened):
+                method, rate = _method_and_rate(row["method"])
+                table.setdefault(method, {})[int(row["seed"])] = float(row[column])
+                rates[method] = rate
     return table, rates
 
 
@@ -99,12 +109,13 @@ def _table(setting: str) -> list[str]:
     losses, rates = scores(setting, "loss")
     exact_matches, _ = scores(setting, "exact_match")
     accuracies = choice_accuracy(setting)
+    shared = DEFAULT if DEFAULT in losses else PROCRUSTES_SHARED
     header = [
         "method, optimizer",
         "learning rate",
         "loss",
         "to FedMomentum as published",
-        "to FedMomentum, shared",
+        f"to {NAMES[shared]}",
         "exact match, %",
     ]
     if accuracies is not None:
@@ -117,7 +128,7 @@ def _table(setting: str) -> list[str]:
             f"{rates[method]:g}",
             f"{loss.mean:.3f} ± {loss.spread or 0:.3f}",
         ]
-        for baseline in (PUBLISHED, SHARED):
+        for baseline in (PUBLISHED, shared):
             cells.append("" if method == baseline else _interval(losses, method, baseline))
         cells.append(_percent(exact_matches[method]))
         if accuracies is not None:

@@ -103,6 +103,9 @@ class Method(ABC):
     """The rank q of what each round sends for the base, in terms of r and n; "" for none."""
     lighter_residual: ClassVar[str] = ""
     """How its settings make the residual smaller, as advice to the user; "" if they cannot."""
+    shares_moments: ClassVar[bool] = False
+    """Whether clients share the optimizer's moments unless the configuration says otherwise. In the
+    papers, the optimizer is fresh in every round."""
     reads_base: ClassVar[bool] = False
     """Whether `initialize` needs the base weight."""
     depends_on: ClassVar[str] = "updates"
@@ -113,14 +116,6 @@ class Method(ABC):
     @property
     def exact(self) -> bool:
         """Whether `adapter + residual + carried` is the weighted sum plus what was carried in."""
-        return False
-
-    @property
-    def shares_moments(self) -> bool:
-        """Whether clients share the optimizer's moments unless the configuration says otherwise.
-
-        False for methods whose papers use a fresh optimizer in every round.
-        """
         return False
 
     @property

@@ -38,7 +38,7 @@ def aggregate(
         int | None, typer.Option(help="rank of the result [default: the largest rank]")
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="fedmomentum: procrustes, balanced, singular or aligned")
+        str | None, typer.Option(help="fedmomentum: balanced, procrustes, singular or aligned")
     ] = None,
     energy: Annotated[
         float | None, typer.Option(help="fedmomentum: fraction of squared singular values kept")

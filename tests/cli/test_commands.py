@@ -69,7 +69,7 @@ def test_run_from_a_users_files_to_results(folder, tmp_path, call):
     code, printed, _ = call("run", config, "federation.num-rounds=1", "--out", out)
     assert code == 0
     assert (
-        "FedMomentum(split='procrustes'" in printed and "site0" in printed and "held out" in printed
+        "FedMomentum(split='balanced'" in printed and "site0" in printed and "held out" in printed
     )
     assert (
         "round 0" in printed

@@ -138,7 +138,8 @@ def test_what_is_committed_is_listed(script, monkeypatch, name):
     figures, trials = script(f"{name}_figures"), script("trials")
     methods = {"ablations": "ABLATIONS", "cells": "METHODS", "methods": "VARIANTS"}[name]
     rows = {}
-    for method in getattr(script(name), methods):
+    default = script("methods_figures").DEFAULT  # in the ablations, and in the table of methods
+    for method in {*getattr(script(name), methods), default}:
         row = dict.fromkeys(trials.COLUMNS, "0.25")
         rows[method] = {seed: row for seed in range(8, 24)}
     monkeypatch.setattr(figures, "committed_scores", lambda name, seeds: rows)

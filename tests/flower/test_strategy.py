@@ -261,7 +261,7 @@ def test_resuming_from_a_directory_gives_the_same_bits(tmp_path):
     assert (model.server_round, model.base.name) == (2, "a-base")
     # another method, another scaling, other shapes
     with pytest.raises(ModelError, match="this strategy has FedMomentum"):
-        make_strategy(method=FedMomentum(split="balanced")).load(tmp_path, arrays)
+        make_strategy(method=FedMomentum(split="procrustes")).load(tmp_path, arrays)
     with pytest.raises(ModelError, match="other scalings"):
         make_strategy(config=CONFIG | {"lora_alpha": 6}).load(tmp_path, arrays)
 

@@ -25,14 +25,14 @@ from fedmomentum.utils.names import directory_name
 from tests.helpers import error
 from tests.runs import chain, objects, prepare, start, timeless, tiny_config
 
-OURS = ("fedmomentum", {"split": "procrustes"})
+OURS = ("fedmomentum", {})
 CASES = [
     *[
         ("shared", name, settings)
         for name, settings in (
             OURS,
-            ("fedmomentum", {"split": "balanced"}),
-            ("fedmomentum", {"split": "procrustes", "energy": 0.9}),
+            ("fedmomentum", {"split": "procrustes"}),
+            ("fedmomentum", {"energy": 0.9}),
             ("fedit", {}),
             ("fedexlora", {}),
             ("flexlora", {}),
@@ -63,7 +63,7 @@ def config_of(folder, state, name="fedmomentum", settings=None, **sections):
     sections.setdefault("training", {})
     sections["training"] = {"optimizer-state": state, **sections["training"]}
     if settings is None:
-        settings = {"split": "procrustes"} if name == "fedmomentum" else {}
+        settings = {}
     return tiny_config(folder, method={"name": name, "settings": settings}, **sections)
 
 
@@ -409,26 +409,26 @@ def test_unrequested_moments_are_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "sections", "wanted"),
     [
+        ("fedmomentum", {}, {}, "shared"),
         ("fedmomentum", {"split": "procrustes"}, {}, "shared"),
-        ("fedmomentum", {"split": "balanced"}, {}, "fresh"),  # as published
-        ("fedmomentum", {"split": "singular"}, {}, "fresh"),
+        ("fedmomentum", {"split": "singular"}, {}, "shared"),
         ("fedexlora", {}, {}, "fresh"),
         ("flora", {}, {}, "fresh"),
         (
             "fedmomentum",
-            {"split": "procrustes"},
+            {},
             {"training": {"arguments": {"optim": "adafactor"}}},
             "fresh",
         ),
         (
             "fedmomentum",
-            {"split": "procrustes"},
+            {},
             {"lora": {"clients": {"site0": {"rank": 1}}}},
             "fresh",
         ),
         (
             "fedmomentum",
-            {"split": "procrustes"},
+            {},
             {"training": {"function": "tests.run.test_optimizer_state:networked"}},
             "fresh",
         ),

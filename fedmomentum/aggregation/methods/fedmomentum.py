@@ -65,9 +65,9 @@ class FedMomentum(Method):
 
     Args:
         split: How the singular values are divided between B and A, a free choice of gauge
-            (`B A = (B G^-1)(G A)`): `procrustes` rotates the balanced factors toward the clients'
-            mean factors, so that optimizer moments remain meaningful; `balanced` is as published,
-            `B = U_r S_r^1/2`, `A = S_r^1/2 V_r^T`; `singular` has `B = U_r S_r`, `A = V_r^T`;
+            (`B A = (B G^-1)(G A)`): `balanced` is as published, `B = U_r S_r^1/2`,
+            `A = S_r^1/2 V_r^T`; `procrustes` rotates these toward the clients' mean factors, so
+            that optimizer moments need no rotation; `singular` has `B = U_r S_r`, `A = V_r^T`;
             `aligned` keeps the clients' mean A if possible.
         energy: Fraction of the squared singular values applied in this round, in (0, 1]. The
             leading `rank` directions are always applied; whatever lies beyond the fraction is
@@ -89,7 +89,7 @@ class FedMomentum(Method):
         scaling of the residual; we do neither.
     """
 
-    split: str = "procrustes"
+    split: str = "balanced"
     energy: float = 1.0
     svd: str = "exact"
     residual: str = "merged"
@@ -108,6 +108,7 @@ class FedMomentum(Method):
     unequal_ranks = True
     best_rank = True
     keeps_tail = True
+    shares_moments = True
 
     def __post_init__(self) -> None:
         """Validate the settings."""
@@ -144,11 +145,6 @@ class FedMomentum(Method):
         if self.residual != "merged":
             return 0
         return self.merge_every * (num_updates - 1) * rank
-
-    @property
-    def shares_moments(self) -> bool:
-        """Whether the factors stay in coordinates in which moments remain meaningful."""
-        return self.split == "procrustes"
 
     def client_adapter(self, adapter: LowRank, rank: int) -> tuple[LowRank, LowRank]:
         """Split off the best approximation of the adapter at that rank.
