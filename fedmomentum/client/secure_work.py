@@ -160,7 +160,9 @@ class SecureWork:
             return self.training_work
         if request.number == SCORE_SUM:
             return self.evaluation_work
-        return projection_work(request.means) if request.means is not None else None
+        if self.training_work is None or request.means is None:
+            return None
+        return projection_work(self.training_work, request.means)
 
     def _values(self, number: int, means: MeanMoves | None) -> Mapping[str, NDArray[np.float64]]:
         """Return the client's values in a sum, by block."""

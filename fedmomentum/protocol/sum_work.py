@@ -31,13 +31,17 @@ def training_work(request: TrainRequest) -> str:
     return _hash("train", common)
 
 
-def projection_work(means: str) -> str:
+def projection_work(trained: str, means: str) -> str:
     """Return the hash of what cross terms are projected on: the work of a round's second sum.
 
+    It depends on what was trained, too: a server could leave out the first sum, and make up its
+    outcome.
+
     Args:
+        trained: The work of the first sum.
         means: The hash of the first sum's outcome.
     """
-    return sha256(f"project {means}".encode())
+    return sha256(f"project {trained} {means}".encode())
 
 
 def evaluation_work(request: EvaluateRequest) -> str:

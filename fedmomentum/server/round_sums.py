@@ -274,7 +274,7 @@ class RoundSums:
                 number=SECOND_SUM,
                 parties=list(clients),
                 threshold=self.threshold(server_round, clients, exchange.collected.failures),
-                work=projection_work(means.name),
+                work=projection_work(first_plan.work, means.name),
                 blocks=layout.second_blocks(),
             )
             return exchange.run(plan, self._kept_sum(plan), means)

@@ -92,7 +92,8 @@ def test_the_kinds_of_work_differ(tasks):
     hashes = {
         training_work(tasks[TrainRequest].request),
         evaluation_work(tasks[EvaluateRequest].request),
-        projection_work("0" * 64),
-        projection_work("1" * 64),
+        projection_work("0" * 64, "0" * 64),
+        projection_work("0" * 64, "1" * 64),
+        projection_work("1" * 64, "0" * 64),
     }
-    assert len(hashes) == 4
+    assert len(hashes) == 5

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from msgspec import structs
@@ -16,6 +17,7 @@ from fedmomentum.protocol.messages import EvaluateRequest, TrainRequest
 from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SECOND_SUM, SumRequest
 from fedmomentum.run.networked import run_federation
 from fedmomentum.secure_sum.roster import Roster, make_parties
+from fedmomentum.secure_sum.server import SumResult
 from fedmomentum.server import exchange as exchange_module
 from fedmomentum.server.checkpoint import RunDirectory
 from fedmomentum.server.round_sums import RoundSums
@@ -462,6 +464,31 @@ def test_a_server_that_has_others_do_different_work_gets_no_sum(
     assert (1, number) not in opened
     assert ((1, FIRST_SUM) in opened) == (number != FIRST_SUM)
     assert "over other work than this client was asked for" in caplog.text
+
+
+def test_a_server_that_makes_up_the_first_sum_gets_no_second_one(tmp_path, monkeypatch):
+    """With means of zero, the second sum would be the product of the one client's own changes."""
+    federation = Federation(tmp_path, federation={"num_rounds": 1})
+    opened = []
+    run = SumExchange.run
+
+    def run_without_the_first(exchange, plan, kept=None, means=None):
+        if plan.number != FIRST_SUM:
+            opened.append(run(exchange, plan, kept, means))
+            return opened[-1]
+        # What honest clients would have summed, without asking them.
+        kept.directory.mkdir(parents=True)
+        values = {block.name: np.zeros(block.size) for block in plan.blocks}
+        values["examples"] += 100
+        return SumResult(survivors=list(plan.parties), values=values)
+
+    def encode_altered(task):
+        return encode_task(task if task.client_id == "site1" else other_learning_rate(task))
+
+    monkeypatch.setattr(exchange_module, "encode_task", encode_altered)
+    monkeypatch.setattr(SumExchange, "run", run_without_the_first)
+    federation.run(tmp_path / "out")
+    assert not opened
 
 
 def test_a_damaged_reply_that_was_kept_is_refused_by_name(tmp_path):
