@@ -47,6 +47,8 @@ def summarize(directory: Path) -> Iterator[Table]:
         yield _facts_table(_adapter_facts(adapter))
         yield _modules_table(adapter, None)
         return
+    if not directory.exists():
+        raise ModelError(f"{directory} does not exist")
     if not retained_rounds(directory) and not (directory / MANIFEST).is_file():
         raise ModelError(
             f"{directory} is neither a run (rounds/), nor a global model ({MANIFEST}), nor a PEFT "

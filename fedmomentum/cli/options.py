@@ -154,6 +154,12 @@ def check_output_directory(out: Path) -> None:
         )
 
 
+def say_if_nothing_to_resume(out: Path, resume: bool) -> None:
+    """Say that a run starts from the beginning, since a mistyped directory holds none."""
+    if resume and not (out / "config.toml").is_file():
+        ERR.print(f"{out} holds no run to resume; a new one starts there")
+
+
 def check_target(target: float) -> None:
     """Reject an exact match target that is not a fraction.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import partial
-from itertools import compress, takewhile
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +15,17 @@ import numpy as np
 from fedmomentum.config.data import BUILT_IN_SOURCE, DataConfig
 from fedmomentum.config.schema import CAUSAL_LM, CLASSIFICATION
 from fedmomentum.data.builtin_tasks import DEFAULT_TASKS, task_examples
-from fedmomentum.data.examples import ClientData, Example, TextPair
+from fedmomentum.data.examples import ClientData, Example
 from fedmomentum.data.label_columns import column_texts, with_units
 from fedmomentum.data.labeled_texts import to_labeled_examples
 from fedmomentum.data.partition import divide_in_proportion, partition
+from fedmomentum.data.prompts import (
+    ClientExamples,
+    PromptKey,
+    prompt_key,
+    trained_prompts,
+    warn_of_shared_prompts,
+)
 from fedmomentum.data.readers import read_rows, to_examples
 from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.utils.names import check_client_name
@@ -42,12 +48,6 @@ class Purpose(IntEnum):
     TEST_EXAMPLES = 1
     TEST_OWNERS = 2
     HELD_OUT = 3
-
-
-ClientExamples = dict[str, list[Example]]
-"""The examples of each client, by its id."""
-PromptKey = Callable[[Example], str]
-"""Maps an example to a text; examples with equal texts must not be split between train and test."""
 
 
 def load_clients(
@@ -91,7 +91,9 @@ def load_clients(
     if not config.source and not config.client_files:
         raise ConfigError("data.source must be given, or data.client-files; got neither")
     examples = dict(sorted(assign_clients(config, seed, task, unit_column).items()))
-    train, test = hold_out(config, examples, seed, partial(prompt_key, loss_on=loss_on), task)
+    key = partial(prompt_key, loss_on=loss_on)
+    train, test = hold_out(config, examples, seed, key, task)
+    warn_of_shared_prompts(train, test, key)
     return [ClientData(client, tuple(train[client]), tuple(test[client])) for client in train]
 
 
@@ -258,7 +260,7 @@ def _built_in_tests(
         )
     test_seed = data_seed(seed, Purpose.TEST_EXAMPLES)
     return task_examples(
-        names, config.num_test_examples, test_seed, exclude=_trained_prompts(clients, key)
+        names, config.num_test_examples, test_seed, exclude=trained_prompts(clients, key)
     )
 
 
@@ -272,7 +274,7 @@ def _shared_tests(
     """
     # Leave out examples that are trained on.
     rows, tests = read_source(source, config, config.test_split, task)
-    trained = _trained_prompts(clients, key)
+    trained = trained_prompts(clients, key)
     is_new = [key(example) not in trained for example in tests]
     if not any(is_new):
         raise DataError(
@@ -361,30 +363,3 @@ def _hold_out_fraction(
         train[client] = [example for index, example in enumerate(examples) if index not in taken]
         test[client] = [example for index, example in enumerate(examples) if index in taken]
     return train, test
-
-
-def _trained_prompts(clients: ClientExamples, key: PromptKey) -> set[str]:
-    """Return the keys of all prompts that any client trains on."""
-    prompts: set[str] = set()
-    for examples in clients.values():
-        prompts.update(key(example) for example in examples)
-    return prompts
-
-
-def prompt_key(example: Example, loss_on: str) -> str:
-    """Return a text that two examples share if and only if their prompts are the same.
-
-    When all turns of a chat are learned, prompts of any two turns can only be equal if the prompts
-    of the chats' first turns are, so those are compared. A text without a prompt is its own key.
-    """
-    prompt = example.prompt
-    if prompt is None:
-        return example.completion
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, TextPair):
-        return json.dumps(prompt)
-    messages = list(prompt)
-    if loss_on == "all-assistant":
-        messages = list(takewhile(lambda message: message["role"] != "assistant", messages))
-    return json.dumps(messages, sort_keys=True)

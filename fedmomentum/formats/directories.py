@@ -100,6 +100,8 @@ def find_manifest(directory: Path, server_round: int | str) -> Path:
         ModelError: If there is none; the message says what there is.
     """
     # A global model has a single manifest, and its directory has no rounds.
+    if not os.path.lexists(directory):
+        raise ModelError(f"{directory} does not exist")
     rounds = retained_rounds(directory)
     if os.path.lexists(directory / MANIFEST):
         if rounds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from fedmomentum.utils.hub import split_revision
 if TYPE_CHECKING:
     from fedmomentum.aggregation.method import Method
     from fedmomentum.lora.adapter import Adapter
+
+LOG = logging.getLogger("fedmomentum")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def aggregate_directories(
             `NAME@REVISION`.
 
     Raises:
-        ConfigError: If the rank, `lora_alpha` or the weights are out of range.
+        ConfigError: If the rank, `lora_alpha` or the weights are out of range, or `base` is the
+            path of no directory.
         AdapterError: If an adapter cannot be read, the adapters do not fit together, or `base` is a
             directory and they do not fit it.
     """
@@ -85,6 +89,8 @@ def aggregate_directories(
         adapters.append(with_base(read_adapter(directory, str(path)), base, revision or ""))
     if base and Path(base).is_dir():
         check_shapes(adapters, Path(base))
+    elif base:
+        _check_name(base)
     identity = _common_base(directories, adapters)
     if base:
         identity = replace(identity, name=base, revision=revision)
@@ -110,6 +116,25 @@ def aggregate_directories(
     )
     residual_rank = max(map(rank_bound, aggregate.residual.values()), default=0)
     return AggregatedDirectories(model, len(adapters), rank, residual_rank)
+
+
+def _check_name(base: str) -> None:
+    """Refuse a base model that is a path, but of no directory; warn that a name is not checked.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if Path(base).exists() or base.startswith((".", "/", "~")) or base.count("/") > 1:
+        what = "is no directory" if Path(base).exists() else "does not exist"
+        raise ConfigError(
+            f"--base {base} {what}; give the directory of the adapters' base model, or its name "
+            "on the hub"
+        )
+    LOG.warning(
+        "%s is no directory here, so whether the adapters fit it was not checked; it is taken as "
+        "the name of a model on the hub",
+        base,
+    )
 
 
 def check_shapes(adapters: Sequence[Adapter], directory: Path) -> None:

@@ -128,6 +128,10 @@ def plan_runs(
         raise ConfigError(
             "evaluation.every must be 1 or more: methods are compared by their held-out scores"
         )
+    if retained_rounds(out):
+        raise ConfigError(
+            f"{out} holds a run; give the comparison a directory of its own with --out"
+        )
     if (out / "config.toml").is_file():
         _check_same(out, config, _PER_RUN)
     planned_runs: list[PlannedRun] = []

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.loading import load_tokenizer
 from fedmomentum.config.schema import CLASSIFICATION
-from fedmomentum.data.client_data import prompt_key, read_source
+from fedmomentum.data.client_data import read_source
 from fedmomentum.data.columns import find_format, resolve_names
 from fedmomentum.data.labeled_texts import sort_labels
+from fedmomentum.data.prompts import prompt_key
 from fedmomentum.run.task import make_rows
 from fedmomentum.utils.chat_date import set_chat_date
 

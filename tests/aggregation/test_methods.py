@@ -1,6 +1,7 @@
 """What is specific to each method: its formula, computed directly, and what it costs on the wire."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,8 @@ from fedmomentum.aggregation import (
 )
 from fedmomentum.aggregation.aggregate import RoundContext, aggregate_adapters, aggregate_updates
 from fedmomentum.aggregation.client_adapters import initialize_adapter
-from fedmomentum.aggregation.registry import METHODS
+from fedmomentum.aggregation.registry import METHODS, build_method
+from fedmomentum.errors import ConfigError
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.adapter import Adapter, fresh_adapter
 from fedmomentum.utils.seeding import module_seed
@@ -701,3 +703,26 @@ def test_payloads_are_those_of_the_papers(name, server_round):
 def test_invalid_settings_are_refused_by_the_constructor(name, settings, message):
     with pytest.raises(ValueError, match=message):
         METHODS[name](**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("fedmomentum", {"energy": "x"}, "energy must be a finite number; got 'x'"),
+        ("fedmomentum", {"energy": True}, "energy must be a finite number; got True"),
+        ("fedmomentum", {"energy": math.nan}, "energy must be a finite number; got nan"),
+        ("fedmomentum", {"merge_every": True}, "merge_every must be a whole number; got True"),
+        ("fedmomentum", {"split": 3}, "split must be a text; got 3"),
+        ("hetlora", {"min_rank": 1.5}, "min_rank must be a whole number; got 1.5"),
+        ("hetlora", {"strength": "much"}, "strength must be a finite number; got 'much'"),
+        ("hetlora", {"strength": math.nan}, "strength must be a finite number; got nan"),
+        ("fedrotlora", {"strength": True}, "strength must be a finite number; got True"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_by_name(name, settings, message):
+    with pytest.raises(ConfigError, match=re.escape(f"method {name}: {message}")):
+        build_method(name, settings)
+
+
+def test_a_whole_number_is_a_number():
+    assert build_method("fedmomentum", {"energy": 1}).energy == 1

@@ -324,7 +324,7 @@ def test_aggregate_by_every_method(adapters, tmp_path, call, name):
     ("arguments", "message"),
     [
         (["run", "nowhere.toml"], "no configuration file nowhere.toml"),
-        (["aggregate", "nowhere", "--out", "x"], "no adapter_config.json"),
+        (["aggregate", "nowhere", "--out", "x"], "nowhere does not exist"),
         (
             ["aggregate", "{one}", "{two}", "--weights", "3,x", "--out", "x"],
             "must be numbers separated by commas",
@@ -377,8 +377,8 @@ def test_aggregate_by_every_method(adapters, tmp_path, call, name):
             ["export", "{finished}", "--to", "merged", "--base", "{other}", "--out", "x"],
             "base model differs",
         ),
-        (["export", "nowhere", "--to", "merged", "--out", "x"], "neither a global model"),
-        (["inspect", "nowhere"], "neither a run"),
+        (["export", "nowhere", "--to", "merged", "--out", "x"], "nowhere does not exist"),
+        (["inspect", "nowhere"], "nowhere does not exist"),
         (["report", "nowhere"], "nowhere"),
         (["evaluate", "{finished}", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedmomentum.cli.options import say_if_nothing_to_resume
 from fedmomentum.config.toml import to_toml
 from fedmomentum.errors import ModelError
 from fedmomentum.utils.process import Interruption
@@ -99,7 +100,7 @@ def test_settings_are_finite_and_in_range(job, tmp_path, call, setting, message)
         (["--lora-alpha", "nan"], "--lora-alpha must be a number above 0; got nan"),
         (["--lora-alpha", "inf"], "--lora-alpha must be a number above 0; got inf"),
         (["--energy", "0"], "energy is a fraction and must be in (0, 1]; got 0.0"),
-        (["--energy", "nan"], "must be in (0, 1]; got nan"),
+        (["--energy", "nan"], "energy must be a finite number; got nan"),
         (["--weights", "nan,1"], "--weights must be positive numbers; got 'nan,1'"),
         (["--weights", "inf,1"], "--weights must be positive numbers"),
         (["--weights", "0,1"], "--weights must be positive numbers"),
@@ -416,3 +417,15 @@ def test_where_sigint_is_ignored_it_stays_ignored(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
+
+
+def test_a_resume_of_nothing_is_said_so(tmp_path, capsys):
+    """A mistyped --out trains from the beginning; service units rely on that."""
+    say_if_nothing_to_resume(tmp_path / "typo", resume=True)
+    assert "typo holds no run to resume; a new one starts there" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    (tmp_path / "config.toml").write_text("")
+    say_if_nothing_to_resume(tmp_path, resume=True)
+    say_if_nothing_to_resume(tmp_path / "new", resume=False)
+    assert capsys.readouterr().err == ""

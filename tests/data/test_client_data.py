@@ -111,6 +111,23 @@ def test_client_files_and_a_client_alone_finds_the_same_split(tmp_path):
         assert alone == [client]
 
 
+def test_prompts_that_clients_files_share_are_warned_of(tmp_path, caplog):
+    """They cannot be left out: over a network, no client sees the others' files."""
+    files = {
+        "north": write(tmp_path / "a.jsonl", make_rows(40)),
+        "south": write(tmp_path / "b.jsonl", make_rows(40, start=100)),
+    }
+    load_clients(client_files=files, test_fraction=0.25)
+    assert not caplog.records
+    files["east"] = files["north"]
+    clients = {c.client_id: c for c in load_clients(client_files=files, test_fraction=0.25)}
+    trained = {example.prompt for example in clients["east"].train}
+    shared = [example for example in clients["north"].test if example.prompt in trained]
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert shared and f"{len(shared)} of north's {len(clients['north'].test)}" in message
+    assert "of east's" in message and "south" not in message
+
+
 def test_no_prompt_is_trained_on_and_held_out(tmp_path):
     rows = make_rows(40)
     source = write(tmp_path / "d.jsonl", rows + rows[:30])

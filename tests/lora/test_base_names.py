@@ -6,7 +6,7 @@ import os
 import pytest
 
 from fedmomentum.aggregation.registry import build_method
-from fedmomentum.errors import AdapterError
+from fedmomentum.errors import AdapterError, ConfigError
 from fedmomentum.lora.base_names import base_and_revision, with_base
 from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.run.aggregate import aggregate_directories
@@ -64,6 +64,23 @@ def test_the_named_base_is_recorded_in_the_result_and_must_fit(base, tmp_path):
     narrow = tiny_llama(tmp_path / "wide", width=64)
     with pytest.raises(AdapterError, match="has in another size"):
         aggregate_directories(directories, method, base=str(narrow))
+
+
+@pytest.mark.parametrize("typo", ["./typo", "/no/where", "../typo", "~/typo", "a/b/c", "FILE"])
+def test_a_base_that_is_no_directory_is_refused(base, tmp_path, typo):
+    """Else adapters of two bases would be combined: their own names are no longer compared."""
+    (tmp_path / "file.jsonl").write_text("{}")
+    typo = typo.replace("FILE", str(tmp_path / "file.jsonl"))
+    folder = write_adapter(base, tmp_path / "a", {})
+    other = write_adapter(base, tmp_path / "b", {"base_model_name_or_path": "/elsewhere"})
+    with pytest.raises(ConfigError, match="does not exist|is no directory"):
+        aggregate_directories([folder, other], build_method("fedmomentum", {}), base=typo)
+
+
+def test_a_name_on_the_hub_is_not_checked_and_said_so(base, tmp_path, caplog):
+    folder = write_adapter(base, tmp_path / "a", {})
+    aggregate_directories([folder, folder], build_method("fedmomentum", {}), base="org/name")
+    assert "org/name is no directory here, so whether the adapters fit it" in caplog.text
 
 
 def test_an_unknown_field_is_refused_unless_it_is_empty(base, tmp_path):

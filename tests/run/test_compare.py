@@ -319,6 +319,12 @@ def test_references_continue_their_optimizer_and_resume_with_it(folder, tmp_path
         assert objects(planned[0].directory) != objects(uninterrupted.directory)
 
 
+def test_the_directory_of_a_run_is_no_comparison(done, folder):
+    config, _, planned_runs, _ = done
+    with pytest.raises(ConfigError, match="holds a run; give the comparison a directory of its"):
+        plan_runs(config, parse_methods("fedit", config), [0], planned_runs[0].directory)
+
+
 def test_a_cell_or_a_comparison_of_other_settings_is_refused(done, folder):
     config, out, planned_runs, _ = done
     other = settings(folder, training={"learning_rate": 0.5})
