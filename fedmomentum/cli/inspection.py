@@ -12,6 +12,7 @@ from rich.text import Text
 from fedmomentum.errors import ModelError
 from fedmomentum.formats.directories import (
     MANIFEST,
+    check_last_round,
     find_manifest,
     is_adapter_directory,
     retained_rounds,
@@ -50,6 +51,7 @@ def summarize(directory: Path) -> Iterator[Table]:
     if not directory.exists():
         raise ModelError(f"{directory} does not exist")
     if not retained_rounds(directory) and not (directory / MANIFEST).is_file():
+        check_last_round(directory, -1)
         raise ModelError(
             f"{directory} is neither a run (rounds/), nor a global model ({MANIFEST}), nor a PEFT "
             "adapter (adapter_config.json)"

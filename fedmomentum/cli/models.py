@@ -22,6 +22,7 @@ from fedmomentum.cli.options import (
     RoundOption,
     StoreOption,
     check_output_directory,
+    print_whole,
 )
 from fedmomentum.errors import ConfigError
 
@@ -201,7 +202,7 @@ def inspect(
         from fedmomentum.cli.inspection import summarize
 
         for table in summarize(directory):
-            OUT.print(table)
+            print_whole(table)
     finally:
         gc.enable()
 

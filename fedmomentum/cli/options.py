@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.measure import Measurement
+from rich.table import Table
 
 from fedmomentum.errors import ConfigError
 from fedmomentum.utils.terminal import SafeConsole
@@ -15,6 +17,7 @@ from fedmomentum.utils.terminal import SafeConsole
 OUT = SafeConsole(highlight=False, soft_wrap=False)
 ERR = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
+MAX_TABLE_WIDTH = 1000
 DASHBOARD_ADDRESS = "127.0.0.1:9444"
 
 # ── arguments ──
@@ -118,6 +121,16 @@ DeviceOption = Annotated[
 
 
 # ── checks ──
+
+
+def print_whole(table: Table) -> None:
+    """Print a table with all of its columns, wider than the terminal if need be.
+
+    Rich leaves out the columns that do not fit, and a pipe or file counts as 80 characters wide.
+    """
+    wide = SafeConsole(highlight=False, width=MAX_TABLE_WIDTH)
+    wide.width = max(OUT.width, Measurement.get(wide, wide.options, table).maximum)
+    wide.print(table)
 
 
 def shell_command(*words: object) -> str:

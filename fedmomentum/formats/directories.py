@@ -113,6 +113,7 @@ def find_manifest(directory: Path, server_round: int | str) -> Path:
     # A run has one per round.
     wanted = _parse_round(server_round)
     if not rounds:
+        check_last_round(directory, -1)
         raise ModelError(
             f"{directory} is neither a global model (no {MANIFEST}) nor a run with a finished round"
         )

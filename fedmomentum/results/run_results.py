@@ -14,6 +14,7 @@ from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.formats.benchmark_file import BENCHMARKS, BenchmarkFile
 from fedmomentum.formats.directories import (
     check_last_round,
+    last_committed_round,
     read_manifest,
     retained_rounds,
     round_file,
@@ -88,6 +89,11 @@ class RunResults:
             return _read(directory, may_be_empty)
         except FileNotFoundError as error:
             missing = Path(error.filename).name
+            if last_committed_round(directory) is not None or retained_rounds(directory):
+                raise ModelError(
+                    f"{directory} is the directory of a run, but its {missing} is missing; restore "
+                    "it from a copy"
+                ) from None
             raise ModelError(
                 f"{directory} has no {missing}, so it is not the directory of a run. Give the "
                 "directory that `fedmomentum run --out` wrote."

@@ -1,7 +1,7 @@
 """Which `transformers.TrainingArguments` a user may set, and the resulting number of steps.
 
 The server computes the number of steps too, so this module imports transformers only to explain an
-unknown name.
+unknown name, and to check that of an optimizer or a schedule.
 """
 
 from __future__ import annotations
@@ -104,6 +104,9 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         name = message.partition(":")[0].partition(".")[0]
         value = printable(repr(arguments.get(name)), 100)
         raise ConfigError(f"training argument {message}; the value is {value}") from problem
+    for name in ("optim", "lr_scheduler_type"):
+        if name in arguments:
+            _check_choice(name, str(arguments[name]))
     # Combinations that the types cannot express.
     if fields.warmup_steps and arguments.get("lr_scheduler_type") == "constant":
         raise ConfigError(
@@ -114,6 +117,25 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise ConfigError(
             "training argument warmup_steps must be whole, or below 1 as a fraction of the steps; "
             f"got {fields.warmup_steps}"
+        )
+
+
+def _check_choice(name: str, value: str) -> None:
+    """Refuse an optimizer or a schedule that transformers does not know, before anything runs.
+
+    Raises:
+        ConfigError: If it does not; the message names the nearest one.
+    """
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    kinds = OptimizerNames if name == "optim" else SchedulerType
+    known = [str(kind.value) for kind in kinds]
+    if value not in known:
+        nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+        raise ConfigError(
+            f"training argument {name}: transformers has no {printable(repr(value), 100)}; {hint}"
         )
 
 

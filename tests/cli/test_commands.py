@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,8 @@ def test_export_inspect_report_generate_evaluate(folder, finished, tmp_path, cal
     assert code == 0 and "in bfloat16" in printed
     for what in (finished, tmp_path / "adapter"):
         code, printed, _ = call("inspect", what)
+        # All columns, though a pipe counts as 80 characters wide.
+        assert what != finished or "merged norm" in printed
         assert code == 0 and "model.layers.0.self_attn.q_proj" in printed and "SHA-256" in printed
     model = GlobalModel.load(finished)
     assert model.version in call("inspect", finished)[1]
@@ -542,3 +545,15 @@ def test_help_shows_no_markup(call):
     for command in main.app.registered_commands:
         code, out, _ = call(command.callback.__name__, "--help")
         assert code == 0 and "\\[" not in out, command.callback.__name__
+
+
+def test_a_run_that_was_partly_deleted_is_still_called_a_run(finished, tmp_path, call):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished, damaged)
+    (damaged / "plan.json").unlink()
+    code, _, message = call("report", damaged)
+    assert code == 2 and "damaged is the directory of a run, but its plan.json is" in message
+    shutil.rmtree(damaged / "rounds")
+    for words in (("inspect", damaged), ("export", damaged, "--to", "merged", "--out", "x")):
+        code, _, message = call(*words)
+        assert code == 2 and "damaged finished round 2, but" in message and "missing" in message

@@ -1,6 +1,7 @@
 """How many steps a client makes, and what of transformers' arguments can be set: right, or refused by name."""
 
 import math
+import re
 from fractions import Fraction
 
 import pytest
@@ -360,3 +361,21 @@ def test_no_clipping_at_a_norm_of_zero(folder):
         arguments={"optim": "sgd", "max_grad_norm": 1e9},
     )
     assert same_bits(adapter_of(model), adapter_of(reference))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optim": "sgdd"}, "optim: transformers has no 'sgdd'; did you mean sgd?"),
+        ({"lr_scheduler_type": "cosin"}, "has no 'cosin'; did you mean cosine?"),
+        ({"optim": "?"}, "has no '?'; known are adamw_torch"),
+    ],
+)
+def test_an_unknown_optimizer_or_schedule_is_refused_before_anything_runs(arguments, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_arguments(arguments)
+
+
+def test_the_optimizers_and_schedules_of_transformers_are_known():
+    check_arguments({"optim": "adafactor", "lr_scheduler_type": "cosine_with_restarts"})
+    check_arguments({"optim": "sgd", "lr_scheduler_type": "linear"})
