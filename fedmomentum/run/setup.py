@@ -34,7 +34,7 @@ from fedmomentum.run.private_checks import check_private_run, choose_private_dty
 from fedmomentum.run.task import check_task, find_labels
 from fedmomentum.run.tracking import check_trackers
 from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
-from fedmomentum.server.saved_run import committed_records, saved_settings
+from fedmomentum.server.saved_run import committed_records, saved_method, saved_settings
 from fedmomentum.training.arguments import check_arguments
 from fedmomentum.utils.plugins import import_object
 from fedmomentum.utils.process import available_cpus
@@ -268,6 +268,7 @@ def check_run_directory(
     else:
         keys = [key for key in changed_keys(began, config) if key not in MAY_CHANGE]
         changed = [key for key in keys if not key.startswith("data.")]
+    changed = _check_method(config, out, server_round, changed)
     # The noise was chosen for the rounds that the run began with.
     is_longer = config.federation.num_rounds > began.federation.num_rounds
     if is_longer and dp is not None and dp.epsilon is not None:
@@ -278,6 +279,29 @@ def check_run_directory(
             f"its own settings, {out / 'config.toml'} as the run wrote it (its checkpoints hold "
             "them too), or start over in another --out"
         )
+
+
+def _check_method(
+    config: Config, out: Path, server_round: int | None, changed: list[str]
+) -> list[str]:
+    """Return the changed keys without the method's settings if they stand for the run's method.
+
+    A configuration leaves defaults out, and those of another release may differ. Then the run can
+    be continued with its settings given in full.
+
+    Raises:
+        ConfigError: If the same settings stand for another method now.
+    """
+    saved = saved_method(out, server_round)
+    built = repr(make_method(config))
+    if saved == built:
+        return [key for key in changed if key != "method.settings"]
+    if saved is not None and not {"method.name", "method.settings"}.intersection(changed):
+        raise ConfigError(
+            f"{out} was made with {saved}, and its settings stand for {built} now: the defaults "
+            "have changed since. Give those of the run in [method.settings], and resume"
+        )
+    return changed
 
 
 def changed_settings(saved: Config, config: Config, may_change: Collection[str]) -> list[str]:

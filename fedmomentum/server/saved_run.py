@@ -23,6 +23,20 @@ if TYPE_CHECKING:
     from fedmomentum.formats.round_record import RoundRecord
 
 
+def saved_method(directory: Path, server_round: int | None = None) -> str | None:
+    """Return a run's method with all of its settings, as in its checkpoint; None without one.
+
+    Args:
+        directory: The run's directory.
+        server_round: A kept round; by default the last one.
+    """
+    rounds = retained_rounds(directory)
+    if not rounds:
+        return None
+    file = find_manifest(directory, rounds[-1] if server_round is None else server_round)
+    return read_manifest(file).method
+
+
 def saved_settings(directory: Path, server_round: int | None = None) -> Config | None:
     """Return a run's settings from its last checkpoint, else from config.toml.
 

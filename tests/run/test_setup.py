@@ -1,11 +1,17 @@
 """What a run sets up in its process."""
 
 import os
+from dataclasses import field, make_dataclass
 
+import pytest
 import torch
 
+from fedmomentum.aggregation import FedMomentum
+from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.config.schema import RunConfig
+from fedmomentum.errors import ConfigError
 from fedmomentum.run.setup import set_up_process
+from tests.runs import start, tiny_config
 
 
 def test_deterministic_kernels_are_used_only_on_request(monkeypatch):
@@ -23,3 +29,29 @@ def test_deterministic_kernels_are_used_only_on_request(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(threads)
+
+
+def test_a_run_from_before_a_default_changed_resumes_with_its_settings_in_full(
+    tmp_path, monkeypatch
+):
+    """The configuration says nothing of the split: then it was procrustes, now it is balanced."""
+    config = tiny_config(tmp_path, federation={"num_rounds": 1})
+    split = ("split", str, field(default="procrustes"))
+    earlier = make_dataclass("FedMomentum", [split], bases=(FedMomentum,), frozen=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "fedmomentum", earlier)
+        start(config, tmp_path / "run", function=None)
+
+    longer = tiny_config(tmp_path, federation={"num_rounds": 2})
+    with pytest.raises(ConfigError, match=r"made with .*procrustes.* stand for .*balanced.* now"):
+        start(longer, tmp_path / "run", function=None, resume=True)
+    method = {"settings": {"split": "singular"}}
+    other = tiny_config(tmp_path, federation={"num_rounds": 2}, method=method)
+    with pytest.raises(ConfigError, match=r"other settings; these differ: method.settings"):
+        start(other, tmp_path / "run", function=None, resume=True)
+    method = {"settings": {"split": "procrustes"}}
+    same = tiny_config(tmp_path, federation={"num_rounds": 2}, method=method)
+    resumed = start(same, tmp_path / "run", function=None, resume=True)
+    assert resumed.model.server_round == 2 and "procrustes" in resumed.model.method
+    # And from then on its own configuration says so.
+    assert "procrustes" in (tmp_path / "run" / "config.toml").read_text()
