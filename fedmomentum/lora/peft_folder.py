@@ -87,7 +87,8 @@ def from_peft_tensors(
 def _read_config(directory: Path, name: str) -> dict[str, Any]:
     file = directory / "adapter_config.json"
     if not directory.exists():
-        raise AdapterError(f"{name} does not exist; wanted a directory written by PEFT")
+        where = name if name == str(directory) else f"{name}: {directory}"
+        raise AdapterError(f"{where} does not exist; wanted a directory written by PEFT")
     if not file.is_file():
         raise AdapterError(
             f"{name}: no adapter_config.json in {directory}; wanted a directory written by PEFT"

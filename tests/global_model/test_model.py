@@ -169,7 +169,7 @@ def test_foreign_newer_or_damaged_files_are_refused_by_name(tmp_path):
     blob.mkdir()
     with pytest.raises(ModelError, match="is no regular file"):
         GlobalModel.load(tmp_path)
-    with pytest.raises(ModelError, match="neither a global model"):
+    with pytest.raises(ModelError, match="nowhere does not exist"):
         GlobalModel.load(tmp_path / "nowhere")
 
 

@@ -269,7 +269,7 @@ def test_adapters_that_do_not_fit_the_run_are_refused_by_name(folder, given, tmp
         ),
         (
             {"start-from": str(tmp_path / "nowhere")},
-            r"^the adapter of lora\.start-from: no adapter_config\.json in .*nowhere; wanted",
+            r"^the adapter of lora\.start-from: .*nowhere does not exist; wanted",
         ),
     ]
     for lora, message in cases:

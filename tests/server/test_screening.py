@@ -391,8 +391,8 @@ def test_the_tables_of_the_docs_are_those_of_the_committed_measurements(monkeypa
     assert experiment.honest_table(measured) in text and experiment.attack_table(measured) in text
     facts = experiment.facts(measured)
     assert (
-        f"led {facts['smallest_reach']:.3f} to {facts['largest_reach']:.2f} times the length of "
-        f"so many" in text
+        f"net displacement was {facts['smallest_reach']:.3f} to {facts['largest_reach']:.2f} "
+        "times what the same number of equal steps" in text
     )
     assert f"at most {facts['largest_ratio_equal']:.1f} times as far as the others" in text
     assert f"{facts['largest_ratio_unequal']:.1f} times as far for its work" in text

@@ -201,12 +201,12 @@ def test_invalid_values_are_refused_by_name(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"optim": "adam_w"}, "adam_w is not a valid OptimizerNames"),
+        ({"optim": "adam_w"}, "optim: transformers has no 'adam_w'"),
         (
             {"optim": "grokadamw"},  # of a package that is not installed
             "the optimizer grokadamw with the schedule constant cannot be made: .*grokadamw",
         ),
-        ({"lr_scheduler_type": "wavy"}, "wavy is not a valid SchedulerType"),
+        ({"lr_scheduler_type": "wavy"}, "lr_scheduler_type: transformers has no 'wavy'"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
         (
             {"lr_scheduler_type": "cosine_with_min_lr"},

@@ -253,7 +253,6 @@ def test_a_parameter_that_had_no_gradient_has_no_moments():
         "lion_32bit",
         "schedule_free_adamw",
         "apollo_adamw",
-        "no_such_optimizer",
     ],
 )
 def test_optimizers_without_moments_are_refused_by_name(llama, optim):
