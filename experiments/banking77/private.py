@@ -167,8 +167,6 @@ def settings_of(config: Config, method: str, epsilon: float, seed: int, rate: fl
     overrides = [f"method.name={method}", f"run.seed={seed}", f"training.learning-rate={rate}"]
     if method == "fedmomentum":
         overrides.append("method.settings.split=procrustes")
-    if method == "fedmomentum":
-        overrides.append("method.settings.split=procrustes")
     if not math.isinf(epsilon):
         overrides.append(f"privacy.dp.epsilon={epsilon}")
     return apply_overrides(config, overrides)

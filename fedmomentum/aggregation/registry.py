@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 from fedmomentum.aggregation.method import Method
@@ -52,17 +52,12 @@ EXPECTED = {
 """What a setting of a type must be, in messages; other types are left to the method."""
 
 
-def is_a(value: Any, kind: str) -> bool:
+def has_type(value: Any, kind: str) -> bool:
     """Return whether a setting's value has a type of `EXPECTED`."""
     if kind == "float":
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return is_number and math.isfinite(value)
     return type(value).__name__ == kind
-
-
-def settings_of(cls: type[Method]) -> tuple[Field[Any], ...]:
-    """Return the fields of a method, which are its settings."""
-    return fields(cast(Any, cls))
 
 
 def method_class(name: str) -> type[Method]:
@@ -95,15 +90,17 @@ def build_method(name: str, settings: Mapping[str, Any]) -> Method:
             method rejects a value.
     """
     cls = method_class(name)
-    # Annotations are text where the module postpones their evaluation.
-    known = {field.name: getattr(field.type, "__name__", field.type) for field in settings_of(cls)}
+    known = {}
+    for field in fields(cast(Any, cls)):
+        # An annotation is text where the module postpones its evaluation.
+        known[field.name] = str(getattr(field.type, "__name__", field.type))
     for key, value in settings.items():
         if key not in known:
             raise ConfigError(
                 f"method {name} has no setting {key!r}; it has {', '.join(known) or 'none'}"
             )
-        kind = str(known[key])
-        if kind in EXPECTED and not is_a(value, kind):
+        kind = known[key]
+        if kind in EXPECTED and not has_type(value, kind):
             raise ConfigError(f"method {name}: {key} must be {EXPECTED[kind]}; got {value!r}")
     try:
         return cls(**settings)

@@ -27,7 +27,7 @@ def training_work(request: TrainRequest) -> str:
     """Return the hash of what is trained: the work of a round's first sum."""
     assert request.secure is not None
     terms = msgspec.structs.replace(request.secure, outcome=None)
-    common = msgspec.structs.replace(_without_objects(request), seed=0, secure=terms)
+    common = msgspec.structs.replace(_common_fields(request), seed=0, secure=terms)
     return _hash("train", common)
 
 
@@ -46,12 +46,12 @@ def projection_work(trained: str, means: str) -> str:
 
 def evaluation_work(request: EvaluateRequest) -> str:
     """Return the hash of what is scored: the work of a round's sum of scores."""
-    common = msgspec.structs.replace(_without_objects(request), means=None)
+    common = msgspec.structs.replace(_common_fields(request), means=None)
     return _hash("evaluate", common)
 
 
-def _without_objects(request: R) -> R:
-    # Probes stay with the clients of a secure run.
+def _common_fields(request: R) -> R:
+    # Objects have their hashes in the manifest; probes stay with the clients of a secure run.
     return msgspec.structs.replace(request, fresh=None, recipes=[], probe_seed=None)
 
 

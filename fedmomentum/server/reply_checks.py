@@ -89,8 +89,8 @@ def check_training(result: TrainResult, name: str) -> None:
     """
     if result.rounding > MAX_ROUNDING:
         raise PayloadError(
-            f"{name}: its rounding error is {result.rounding:g} of the update; 16 bits lose no "
-            f"more than {MAX_ROUNDING:g}"
+            f"{name}: its rounding error is {result.rounding:g} of the update; wanted at most "
+            f"{MAX_ROUNDING:g}"
         )
     for key in ("loss", "first_loss", "last_loss"):
         value = getattr(result, key)

@@ -285,20 +285,33 @@ def test_a_filter_and_moments_exclude_each_other(folder, tmp_path):
         trainer.prepare()
 
 
-def lying(change):
-    """A client whose optimizer tensors are altered."""
+def run_with_site1(change, config, out):
+    """A federation in which `change(reply)` stands between a client and the server; round 1."""
 
     def handle(payload, client):
         answer = client.handle(payload)
         task = codec.decode_task(payload)
         if task.kind != "train" or client.client_id != "site1":
             return answer
-        reply = codec.decode_reply(answer, task, 2**30)
+        return codec.encode_reply(change(codec.decode_reply(answer, task, 2**30)))
+
+    handlers = {}
+    for name in config.data.client_files:
+        client = prepare_client(config, name, out / name)
+        handlers[name] = partial(handle, client=client)
+    run_federation(InProcessTransport(handlers), config, out / "run")
+    return timeless(out / "run")[1]
+
+
+def with_tensors(change):
+    """Alter a reply's tensors by `change(tensors)`."""
+
+    def changed(reply):
         tensors = dict(reply.tensors)
         change(tensors)
-        return codec.encode_reply(replace(reply, tensors=tensors))
+        return replace(reply, tensors=tensors)
 
-    return handle
+    return changed
 
 
 def key_of(tensors, end):
@@ -340,13 +353,7 @@ def extra(tensors):
 @pytest.mark.parametrize("change", [negative, not_finite, short, wide, missing, extra, large])
 def test_replies_with_other_moments_are_left_out_by_name(folder, tmp_path, change):
     config = config_of(folder, "shared", federation={"num-rounds": 1})
-    handle = lying(change)
-    handlers = {}
-    for name in config.data.client_files:
-        client = prepare_client(config, name, tmp_path / name)
-        handlers[name] = partial(handle, client=client)
-    run_federation(InProcessTransport(handlers), config, tmp_path / "run")
-    row = timeless(tmp_path / "run")[1]
+    row = run_with_site1(with_tensors(change), config, tmp_path)
     assert row["accepted"] == ["site0", "site2"]
     if change is large:
         assert "client site1: its second moments add up to" in row["failures"]["site1"]
@@ -369,38 +376,24 @@ def test_false_numbers_of_steps_are_refused_by_name(folder, tmp_path, state, cha
     """They count in everyone's next steps: a million made those seven times as long."""
     config = config_of(folder, state, federation={"num-rounds": 1}, training={"local-steps": 2})
 
-    def handle(payload, client):
-        answer = client.handle(payload)
-        task = codec.decode_task(payload)
-        if task.kind != "train" or client.client_id != "site1":
-            return answer
-        reply = codec.decode_reply(answer, task, 2**30)
+    def lie(reply):
         tensors = dict(reply.tensors)
         fields = dict(changes)
         if "step" in fields:
             key = key_of(tensors, ".step")
             tensors[key] = torch.full_like(tensors[key], fields.pop("step"))
         result = msgspec.structs.replace(reply.answer, **fields)
-        return codec.encode_reply(replace(reply, answer=result, tensors=tensors))
+        return replace(reply, answer=result, tensors=tensors)
 
-    handlers = {}
-    for name in config.data.client_files:
-        client = prepare_client(config, name, tmp_path / name)
-        handlers[name] = partial(handle, client=client)
-    run_federation(InProcessTransport(handlers), config, tmp_path / "run")
-    row = timeless(tmp_path / "run")[1]
+    row = run_with_site1(lie, config, tmp_path)
     assert row["accepted"] == ["site0", "site2"]
     assert "client site1" in row["failures"]["site1"] and message in row["failures"]["site1"]
 
 
 def test_unrequested_moments_are_refused(folder, tmp_path):
     config = config_of(folder, "fresh", federation={"num-rounds": 1})
-    handlers = {}
-    for name in config.data.client_files:
-        client = prepare_client(config, name, tmp_path / name)
-        handlers[name] = partial(lying(extra), client=client)
-    run_federation(InProcessTransport(handlers), config, tmp_path / "run")
-    assert "optimizer.evil" in timeless(tmp_path / "run")[1]["failures"]["site1"]
+    row = run_with_site1(with_tensors(extra), config, tmp_path)
+    assert "optimizer.evil" in row["failures"]["site1"]
 
 
 # ── what is chosen where the configuration leaves it open ──
