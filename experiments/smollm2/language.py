@@ -43,9 +43,8 @@ from fedmomentum.utils.process import quiet_libraries
 SHARED = "training.optimizer-state=shared"
 PUBLISHED = "fedmomentum:split=balanced"
 PROCRUSTES_SHARED = f"fedmomentum:split=procrustes;{SHARED}"
-METHODS = (
-    PUBLISHED,
-    PROCRUSTES_SHARED,
+DEFAULT = f"fedmomentum:split=balanced;{SHARED}"
+OTHERS = (
     "fedexlora",
     f"fedexlora:{SHARED}",
     "flora",
@@ -53,10 +52,16 @@ METHODS = (
     f"fedit:{SHARED}",
     "ffalora",
 )
+METHODS = {
+    "builtin": (PUBLISHED, PROCRUSTES_SHARED, *OTHERS),
+    "commonsense": (PUBLISHED, DEFAULT, *OTHERS),
+    "maths": (PUBLISHED, DEFAULT, *OTHERS),
+}
+"""By tasks: the methods. On the built-in ones, the default is among the variants."""
 VARIANTS = (
     PUBLISHED,
     PROCRUSTES_SHARED,
-    f"fedmomentum:split=balanced;{SHARED}",
+    DEFAULT,
     "fedmomentum:split=procrustes;training.optimizer-state=fresh",
 )
 """FedMomentum with either split and either optimizer state."""
@@ -204,7 +209,7 @@ class Experiment:
     @property
     def methods(self) -> tuple[str, ...]:
         """The labels of what is compared."""
-        return VARIANTS if self.has_variants else METHODS
+        return VARIANTS if self.has_variants else METHODS[self.tasks]
 
     def name_of(self, setting: str) -> str:
         """Return the name of a setting's directory."""

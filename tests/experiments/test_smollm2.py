@@ -130,7 +130,7 @@ def small(language, monkeypatch, tmp_path):
     for name, value in (
         ("NUM_LAYERS", 2),
         ("NUM_ADAPTED_LAYERS", 1),
-        ("METHODS", (language.PUBLISHED, "fedit")),
+        ("METHODS", dict.fromkeys(language.METHODS, (language.PUBLISHED, "fedit"))),
         ("VARIANTS", (language.PUBLISHED, language.PROCRUSTES_SHARED)),
         ("GRID", language.Grid((3e-3, 1e-2), (0, 1), "loss")),
         ("HERE", tmp_path / "scripts"),
