@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 import torch
 
+from fedmomentum.aggregation import FedMomentum
+from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import from_dict
 from fedmomentum.formats.manifest import as_manifest
@@ -44,6 +47,13 @@ def write_data(folder: Path, num_clients: int = 3, num_examples: int = 12) -> di
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         files[f"site{client}"] = str(file)
     return files
+
+
+def patch_default_split(patch: pytest.MonkeyPatch, split: str) -> None:
+    """FedMomentum as in a release with another default."""
+    fields = [("split", str, field(default=split))]
+    method = make_dataclass("FedMomentum", fields, bases=(FedMomentum,), frozen=True)
+    patch.setitem(METHODS, "fedmomentum", method)
 
 
 def tiny_config(folder: Path, *, num_clients: int = 3, **sections) -> Config:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ from fedmomentum.run.privacy_checks import check_privacy
 from fedmomentum.run.references import make_reference
 from fedmomentum.run.setup import (
     changed_settings,
+    check_method,
     load_data,
 )
 from fedmomentum.run.training_checks import choose_optimizer_state
@@ -90,18 +91,25 @@ class PlannedRun:
         """Label, client and seed, for the progress display."""
         return f"{self.variant.label}{f' ({self.only})' if self.only else ''}, seed {self.seed}"
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is the run of a reference instead of a method."""
+        return self.variant.kind != "federated"
+
     def is_finished(self) -> bool:
         """Return whether its last round is committed.
 
         Raises:
-            ConfigError: If the directory holds a run with other settings, or with more rounds
-                than configured.
+            ConfigError: If the directory holds a run with other settings, with a method that
+                these settings no longer stand for, or with more rounds than configured.
             ModelError: If its last checkpoint is damaged.
         """
         if not _has_begun(self.directory):
             return False
-        is_reference = self.variant.kind != "federated"
-        _check_same(self.directory, self.config, _CHANGED_BY_REFERENCES if is_reference else set())
+        if self.is_reference:
+            _check_same(self.directory, self.config, _CHANGED_BY_REFERENCES)
+        else:
+            _check_same(self.directory, self.config, has_method=True)
         num_finished = max(retained_rounds(self.directory), default=-1)
         num_rounds = self.config.federation.num_rounds
         if num_finished > num_rounds:
@@ -218,16 +226,31 @@ def _saved(directory: Path) -> Config:
     return saved_settings(directory) or load_config(directory / "config.toml")
 
 
-def _check_same(directory: Path, config: Config, may_differ: set[str]) -> None:
+def _check_same(
+    directory: Path,
+    config: Config,
+    may_differ: Collection[str] = (),
+    *,
+    has_method: bool = False,
+) -> None:
     """Refuse a directory with other settings, apart from trackers, paths and added rounds.
 
     `_check_content` and `FederatedTrainer.prepare` compare the content at the paths.
 
+    Args:
+        directory: The directory of a run or of the comparison.
+        config: The settings to continue it with.
+        may_differ: Keys that may differ.
+        has_method: Whether the directory holds a run of the method in `config`. Then the methods
+            are compared with all of their settings: a default may have changed since.
+
     Raises:
-        ConfigError: If a setting outside `may_differ` differs.
+        ConfigError: If a setting outside `may_differ`, or the method, differs.
     """
     may_change = {*may_differ, *_OF_THE_MACHINE, "federation.num-rounds", "run.report-to"}
     changed = changed_settings(_saved(directory), config, may_change)
+    if has_method:
+        changed = check_method(config, directory, changed)
     if changed:
         raise ConfigError(
             f"{directory} was made with other settings; these differ: {', '.join(changed)}. "
@@ -247,10 +270,10 @@ def execute_run(planned_run: PlannedRun, *, callbacks: Iterable[Callback] = ()) 
     resume = _has_begun(planned_run.directory)
     # Check that the settings are the comparison's, before preparing a reference changes some.
     planned_run.is_finished()
-    is_reference = planned_run.variant.kind != "federated"
+    is_reference = planned_run.is_reference
     planned = _on_one_device(planned_run.config) if is_reference else planned_run.config
     config = planned
-    if resume:
+    if resume and is_reference:
         # A reference saved its own settings, but paths and devices are the current ones.
         saved = _saved(planned_run.directory)
         run = replace(saved.run, devices=planned.run.devices)
@@ -261,8 +284,8 @@ def execute_run(planned_run: PlannedRun, *, callbacks: Iterable[Callback] = ()) 
         prepared.config = planned
         if is_reference:
             make_reference(prepared, planned_run.only)
-        if resume:
-            _check_same(planned_run.directory, prepared.config, set())
+            if resume:
+                _check_same(planned_run.directory, prepared.config)
         trainer.train()
     finally:
         trainer.close()

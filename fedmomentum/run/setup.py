@@ -268,7 +268,7 @@ def check_run_directory(
     else:
         keys = [key for key in changed_keys(began, config) if key not in MAY_CHANGE]
         changed = [key for key in keys if not key.startswith("data.")]
-    changed = _check_method(config, out, server_round, changed)
+    changed = check_method(config, out, changed, server_round)
     # The noise was chosen for the rounds that the run began with.
     is_longer = config.federation.num_rounds > began.federation.num_rounds
     if is_longer and dp is not None and dp.epsilon is not None:
@@ -281,13 +281,19 @@ def check_run_directory(
         )
 
 
-def _check_method(
-    config: Config, out: Path, server_round: int | None, changed: list[str]
+def check_method(
+    config: Config, out: Path, changed: list[str], server_round: int | None = None
 ) -> list[str]:
     """Return the changed keys without the method's settings if they stand for the run's method.
 
     A configuration leaves defaults out, and those of another release may differ. Then the run can
     be continued with its settings given in full.
+
+    Args:
+        config: The settings to continue the run with.
+        out: The run's directory.
+        changed: The keys that differ from the run's own settings.
+        server_round: A kept round; by default the last one.
 
     Raises:
         ConfigError: If the same settings stand for another method now.

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,15 @@ from fedmomentum.run.compare import (
 from fedmomentum.run.compare import write_comparison as write
 from fedmomentum.run.method_variants import parse_methods, parse_seeds
 from fedmomentum.run.references import POOLED
-from tests.runs import Events, objects, prepare, start, timeless, tiny_config
+from tests.runs import (
+    Events,
+    objects,
+    patch_default_split,
+    prepare,
+    start,
+    timeless,
+    tiny_config,
+)
 
 METHODS = "fedmomentum,fedit,fedmomentum:split=singular,centralized,local"
 
@@ -340,6 +349,32 @@ def test_a_cell_or_a_comparison_of_other_settings_is_refused(done, folder):
     fewer = settings(folder, evaluation={"num_examples": 1}, method={"name": "fedit"})
     with pytest.raises(ConfigError, match=r"evaluation\.num-examples"):
         execute_run(PlannedRun(planned_runs[3].variant, 0, planned_runs[3].directory, fewer))
+
+
+def test_a_run_from_before_a_default_changed_is_not_taken_for_the_method_as_it_is_now(
+    folder, tmp_path, monkeypatch
+):
+    """Neither finished nor continued under its label; with its settings in full it is continued."""
+
+    def planned(method, num_rounds):
+        config = settings(folder, federation={"num_rounds": num_rounds})
+        (planned_run,) = plan_runs(config, parse_methods(method, config), [0], tmp_path / "all")
+        return planned_run
+
+    with monkeypatch.context() as patch:
+        patch_default_split(patch, "procrustes")
+        begun = planned("fedmomentum", 1)
+        execute_run(begun)
+        assert begun.is_finished()
+    for num_rounds in (1, 2):
+        now = planned("fedmomentum", num_rounds)
+        for refused in (now.is_finished, lambda now=now: execute_run(now)):
+            with pytest.raises(ConfigError, match=r"procrustes.* stand for .*balanced.* now"):
+                refused()
+    in_full = planned("fedmomentum:split=procrustes", 2)
+    in_full = replace(in_full, directory=begun.directory)
+    execute_run(in_full)
+    assert in_full.is_finished()
 
 
 # ── the result ──

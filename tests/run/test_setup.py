@@ -1,17 +1,14 @@
 """What a run sets up in its process."""
 
 import os
-from dataclasses import field, make_dataclass
 
 import pytest
 import torch
 
-from fedmomentum.aggregation import FedMomentum
-from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.config.schema import RunConfig
 from fedmomentum.errors import ConfigError
 from fedmomentum.run.setup import set_up_process
-from tests.runs import start, tiny_config
+from tests.runs import patch_default_split, start, tiny_config
 
 
 def test_deterministic_kernels_are_used_only_on_request(monkeypatch):
@@ -36,10 +33,8 @@ def test_a_run_from_before_a_default_changed_resumes_with_its_settings_in_full(
 ):
     """The configuration says nothing of the split: then it was procrustes, now it is balanced."""
     config = tiny_config(tmp_path, federation={"num_rounds": 1})
-    split = ("split", str, field(default="procrustes"))
-    earlier = make_dataclass("FedMomentum", [split], bases=(FedMomentum,), frozen=True)
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "fedmomentum", earlier)
+        patch_default_split(patch, "procrustes")
         start(config, tmp_path / "run", function=None)
 
     longer = tiny_config(tmp_path, federation={"num_rounds": 2})
