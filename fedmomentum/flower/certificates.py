@@ -39,15 +39,15 @@ def make_server_keys(directory: Path, hosts: Sequence[str]) -> None:
     """Create the authority, if there is none yet, and a server certificate for these hosts.
 
     Another call renews the server's certificate, which is valid for two years; nodes keep their
-    `ca.pem`.
+    `ca.pem`. It needs the authority's key: a new authority would be one that no node trusts.
 
     Args:
         directory: Where to store the keys; readable only by its owner.
         hosts: Host names and addresses at which nodes reach the server.
 
     Raises:
-        ConfigError: If there are no hosts, one of them is invalid, or the existing authority cannot
-            be read.
+        ConfigError: If there are no hosts, one of them is invalid, or the existing authority is
+            incomplete or cannot be read.
     """
     # check all hosts before anything is written
     if not hosts:
@@ -60,7 +60,7 @@ def make_server_keys(directory: Path, hosts: Sequence[str]) -> None:
     # make the directory private before it holds a key
     (directory / "nodes").mkdir(parents=True, exist_ok=True)
     directory.chmod(0o700)
-    if not (directory / "ca.key").is_file():
+    if not any((directory / name).exists() for name in ("ca.pem", "ca.key")):
         _make_authority(directory)
     authority, authority_key = _load_authority(directory)
 
@@ -94,6 +94,13 @@ def _load_authority(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurve
     Raises:
         ConfigError: If one of them is missing or invalid.
     """
+    for name, other in (("ca.key", "ca.pem"), ("ca.pem", "ca.key")):
+        if not (directory / name).is_file():
+            raise ConfigError(
+                f"{directory} has the authority's {other} but not its {name}, which may be kept "
+                "elsewhere; put it back to renew the server's certificate. Without it, the only "
+                "way is a new directory of keys, and a new ca.pem for every node"
+            )
     try:
         authority = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
         key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)

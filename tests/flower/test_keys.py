@@ -163,12 +163,12 @@ def test_an_invalid_public_key_is_refused_by_name(tmp_path):
         load_private_key(tmp_path / "text.key")
 
 
-def test_a_server_without_names_or_with_half_an_authority_is_refused(tmp_path):
+def test_a_server_without_names_or_with_a_damaged_authority_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--host fed.example.org"):
         make_server_keys(tmp_path / "keys", [])
     assert not (tmp_path / "keys").exists()
     keys = make_keys(tmp_path)
-    (keys / "ca.pem").unlink()
+    (keys / "ca.key").write_text("hello")
     with pytest.raises(ConfigError, match="the authority in .* cannot be read"):
         make_server_keys(keys, ["localhost"])
 
@@ -352,6 +352,19 @@ def test_renewing_keeps_the_authority(tmp_path):
     assert admitted_keys(keys).keys() == {"north"}
     with running(keys) as link:
         connect(link.port, keys, "north").probe()  # with the ca.pem it has
+
+
+@pytest.mark.parametrize("missing, kept", [("ca.key", "ca.pem"), ("ca.pem", "ca.key")])
+def test_an_authority_that_is_elsewhere_is_not_replaced(tmp_path, missing, kept):
+    """`ca.key` may be kept offline; a new authority would be one that no node trusts."""
+    keys = make_keys(tmp_path, "north")
+    away = (keys / missing).rename(tmp_path / missing)
+    before = {file.name: file.read_bytes() for file in keys.iterdir() if file.is_file()}
+    with pytest.raises(ConfigError, match=f"has the authority's {kept} but not its {missing}"):
+        make_server_keys(keys, HOSTS)
+    assert {file.name: file.read_bytes() for file in keys.iterdir() if file.is_file()} == before
+    away.rename(keys / missing)
+    make_server_keys(keys, HOSTS)
 
 
 def test_certificates_are_for_the_names_given_and_last_as_long_as_they_say(keys):
