@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fedmomentum.aggregation.client_adapters import client_start, with_fixed_residual
 from fedmomentum.errors import PayloadError
+from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.adapter import Adapter, from_tensors, to_tensors
 from fedmomentum.lora.half_precision import decode_factors, wire_dtype
 from fedmomentum.lora.module_names import EMBEDDING, split_expert
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
     from fedmomentum.config.schema import Config, LoraConfig
     from fedmomentum.global_model.model import GlobalModel
-    from fedmomentum.linalg.low_rank import LowRank
     from fedmomentum.server.state import ServerState
 
 
@@ -120,7 +121,22 @@ class UpdateReader:
             )
         update = from_tensors(decoded | unchanged, like=start, name=name)
         check_magnitude(update)
+        if "B" not in self._uploads:
+            return self._with_global_B(update)
         return with_fixed_residual(update, fixed)
+
+    def _with_global_B(self, update: Adapter) -> Adapter:
+        """Return an update of A alone in the units of the global adapter: `s_i B_i A = s B A`.
+
+        A client with another scaling `s_i` got `B_i = s/s_i B`, which rounds; methods that freeze B
+        need it to be the same for all clients, bit for bit. A module that the client does not adapt
+        has not changed.
+        """
+        adapter = self.model.adapter
+        modules = dict(adapter.modules)
+        for module, matrix in update.modules.items():
+            modules[module] = LowRank(adapter.modules[module].B, matrix.A)
+        return replace(update, modules=modules, scalings=dict(adapter.scalings))
 
     def _not_uploaded(self, start: Adapter) -> dict[str, Tensor]:
         """Return the factors that clients do not upload in this round, as they received them."""

@@ -146,6 +146,17 @@ def test_methods_that_take_unequal_ranks_run_with_them(folder, tmp_path, name, o
         assert all(row["exactness_error"] < 1e-4 for row in rows[1:])
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("own", ["scalings", "modules"])
+def test_every_method_runs_with_other_scalings_and_modules(folder, tmp_path, name, own):
+    """Three rounds, so that methods that alternate have trained either factor."""
+    start(config_of(folder, own, name), tmp_path / "run")
+    for row in timeless(tmp_path / "run")[1:]:
+        assert row["failures"] == {} and row["accepted"] == ["site0", "site1", "site2"]
+        if METHODS[name]().exact:
+            assert row["exactness_error"] < 1e-4, row["round"]
+
+
 def test_a_run_of_unequal_ranks_resumes_to_the_same_bits(folder, tmp_path):
     config = config_of(folder, "all")
     start(config, tmp_path / "whole")
