@@ -12,6 +12,7 @@ from torch import Tensor
 from fedmomentum.aggregation.client_updates import ClientUpdates
 from fedmomentum.aggregation.method import AggregationContext, Method, ModuleAggregate
 from fedmomentum.aggregation.methods.fedmomentum import FedMomentum
+from fedmomentum.aggregation.weights import capped_weights
 from fedmomentum.errors import AdapterError
 from fedmomentum.linalg.low_rank import LowRank, result_dtype, zeros
 from fedmomentum.linalg.matrix import LazySequence, Matrix, rank_bound, scale
@@ -65,6 +66,8 @@ class RoundContext:
         carried: Module to what the last round's `AggregationResult.carried` contained.
         server_round: Number of the round, from 1.
         seed: Seed of the run, for methods that sample random numbers.
+        max_weight: The largest weight of a client if the method computes weights of its own; the
+            given weights are used as they are.
     """
 
     ranks: Mapping[str, int]
@@ -73,6 +76,24 @@ class RoundContext:
     carried: Mapping[str, Matrix] = field(default_factory=dict)
     server_round: int = 1
     seed: int = 0
+    max_weight: float = 1.0
+
+    @classmethod
+    def of_round(
+        cls,
+        server_round: int,
+        adapter: Adapter,
+        carried: Mapping[str, Matrix],
+        *,
+        seed: int,
+        max_weight: float = 1.0,
+    ) -> RoundContext:
+        """Return the context of a run's round that clients start with `adapter`.
+
+        The combined adapter has its ranks and scalings.
+        """
+        ranks = {module: matrix.rank for module, matrix in adapter.modules.items()}
+        return cls(ranks, adapter.scalings, adapter, carried, server_round, seed, max_weight)
 
     def for_module(self, module: str) -> AggregationContext:
         """Return what a method may know of one module, in units of the combined adapter."""
@@ -107,7 +128,8 @@ def aggregate_adapters(
         adapters: At least one.
         weights: One positive number per adapter, normalized here; equal by default.
         method: How to combine; `FedMomentum()` by default.
-        rank: The rank of the result; the largest rank of all adapters by default.
+        rank: The rank of the result; the largest rank of all adapters by default. A module whose
+            weight is smaller than that on one side gets its full rank.
         scaling: The `lora_alpha / rank` of the result; by default the adapters' own if they all
             share one, else 1.
         seed: For methods that sample random numbers.
@@ -118,7 +140,7 @@ def aggregate_adapters(
 
     Raises:
         AdapterError: If there are no adapters, their base models or shapes differ, the weights are
-            not positive numbers, a module is too small for the rank, the method rejects the
+            not positive numbers, `rank` is larger than every module allows, the method rejects the
             updates (the message names the module), or the result contains NaN or Inf.
 
     Example:
@@ -137,19 +159,15 @@ def aggregate_adapters(
         check_size(adapter)
     check_same_base(adapters)
     _check_same_experts(adapters)
-    # Default to the scaling that all adapters share, and to the largest rank.
+    # Default to the scaling that all adapters share.
     scalings = {s for adapter in adapters for s in adapter.scalings.values()}
     if scaling is None:
         scaling = scalings.pop() if len(scalings) == 1 else 1.0
-    if rank is None:
-        rank = max(matrix.rank for adapter in adapters for matrix in adapter.modules.values())
 
     # A canonical order makes the result independent of the order given.
     order = sorted(range(len(adapters)), key=lambda i: (adapters[i].digest(), weights[i]))
-    modules = sorted({module for adapter in adapters for module in adapter.modules})
-    context = RoundContext(
-        ranks=dict.fromkeys(modules, rank), scalings=dict.fromkeys(modules, scaling), seed=seed
-    )
+    ranks = _module_ranks(adapters, rank)
+    context = RoundContext(ranks=ranks, scalings=dict.fromkeys(ranks, scaling), seed=seed)
     result = aggregate_updates(
         [adapters[i] for i in order],
         [weights[i] for i in order],
@@ -187,7 +205,7 @@ def aggregate_updates(
         AdapterError: If a weight is not a positive finite number, shapes differ between adapters,
             or the method rejects the updates; the message names the module.
     """
-    client_weights = _client_weights(adapters, weights, method)
+    client_weights = _client_weights(adapters, weights, method, context.max_weight)
     modules: dict[str, LowRank] = {}
     residual: dict[str, Matrix] = {}
     carried: dict[str, Matrix] = {}
@@ -213,14 +231,19 @@ def aggregate_updates(
 
 
 def _client_weights(
-    adapters: Sequence[Adapter], weights: Sequence[float], method: Method
+    adapters: Sequence[Adapter], weights: Sequence[float], method: Method, max_weight: float
 ) -> Tensor:
-    """Return `(num_clients,)`, float64: the normalized weights, or the method's own."""
+    """Return `(num_clients,)`, float64: the normalized weights, or the method's own, capped."""
     total = sum(weights)
     if not all(0 < w < math.inf for w in weights):
         raise AdapterError(f"weights must be positive numbers; got {list(weights)}")
     normalized = torch.tensor([w / total for w in weights], dtype=torch.float64, device="cpu")
-    return method.client_weights(normalized / normalized.sum(), lambda: _norms(adapters))
+    given = normalized / normalized.sum()
+    own = method.client_weights(given, lambda: _norms(adapters))
+    if own is given:
+        return given
+    capped = capped_weights(dict(enumerate(own.tolist())), max_weight)
+    return torch.tensor(list(capped.values()), dtype=torch.float64, device="cpu")
 
 
 def _norms(adapters: Sequence[Adapter]) -> Tensor:
@@ -256,9 +279,7 @@ def _aggregate_module(
     return ModuleAggregate(result.adapter, residual, carried, result.findings)
 
 
-def _module_updates(
-    adapters: Sequence[Adapter], module: str, scaling: float
-) -> Sequence[LowRank]:
+def _module_updates(adapters: Sequence[Adapter], module: str, scaling: float) -> Sequence[LowRank]:
     """Return the clients' factors of one module in units of the combined adapter.
 
     A client without the module counts as zero.
@@ -316,6 +337,35 @@ def _check_offline_weights(weights: Sequence[float], num_adapters: int) -> None:
     # The sum may overflow, and the smallest weight may underflow when divided by it.
     if not is_positive or not 0 < min(weights) / total < math.inf:
         raise AdapterError(f"weights must be positive numbers with a finite sum; got {weights}")
+
+
+def largest_rank(adapters: Sequence[Adapter]) -> int:
+    """Return the largest rank of any module of the adapters."""
+    return max(matrix.rank for adapter in adapters for matrix in adapter.modules.values())
+
+
+def _module_ranks(adapters: Sequence[Adapter], rank: int | None) -> dict[str, int]:
+    """Return module to the rank of its result, which is at most the module's full rank.
+
+    Args:
+        adapters: The adapters.
+        rank: The rank that is asked for; None for the largest of the adapters.
+
+    Raises:
+        AdapterError: If it is larger than the full rank of every module.
+    """
+    full_ranks = {}
+    for adapter in adapters:
+        for module, matrix in adapter.modules.items():
+            full_ranks[module] = min(matrix.shape)
+    largest = max(full_ranks.values())
+    if rank is not None and rank > largest:
+        raise AdapterError(
+            f"rank must be from 1 to {largest}, the full rank of the largest module; got {rank}"
+        )
+    # PEFT allows ranks above a module's full rank.
+    wanted = largest_rank(adapters) if rank is None else rank
+    return {module: min(wanted, full) for module, full in sorted(full_ranks.items())}
 
 
 def _check_same_experts(adapters: Sequence[Adapter]) -> None:

@@ -103,13 +103,8 @@ class StrategyState:
         Raises:
             AdapterError: If the method rejects the adapters, or the result is not finite.
         """
-        context = RoundContext(
-            ranks={module: matrix.rank for module, matrix in self.adapter.modules.items()},
-            scalings=self.adapter.scalings,
-            reference=self.adapter,
-            carried=self.carried,
-            server_round=self.server_round + 1,
-            seed=seed,
+        context = RoundContext.of_round(
+            self.server_round + 1, self.adapter, self.carried, seed=seed
         )
         result = aggregate_updates(adapters, weights, method, context)
         state = replace(

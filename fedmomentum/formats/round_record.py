@@ -210,8 +210,9 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
     weights: Annotated[
         dict[str, Fraction],
         doc(
-            "weight of each accepted client: its training examples over those of all accepted, "
-            "none above `federation.max-client-weight`; what is cut off goes to the others in "
+            "weight of each accepted client: its training examples over those of all accepted "
+            "(with `hetlora`, the norm of its update over the sum of the norms), none above "
+            "`federation.max-client-weight`; what is cut off goes to the others in "
             "proportion. They sum to 1",
             "name to fraction",
         ),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedmomentum.aggregation.aggregate import aggregate_adapters
+from fedmomentum.aggregation.aggregate import aggregate_adapters, largest_rank
 from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.base_model.skeleton import load_skeleton
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
@@ -40,7 +40,7 @@ class AggregatedDirectories:
     Attributes:
         model: The global model; its base model is known by name only.
         num_adapters: How many adapters were aggregated.
-        rank: The rank of the global adapter.
+        rank: The rank of the global adapter; smaller modules have their full rank.
         residual_rank: The largest rank that the base model absorbs in any module.
     """
 
@@ -65,7 +65,8 @@ def aggregate_directories(
         paths: PEFT adapter directories, or names of adapters on the hub.
         method: How to aggregate.
         weights: A positive number for each adapter; by default equal.
-        rank: The rank of the result; by default the largest rank of the adapters.
+        rank: The rank of the result, in modules that are large enough; by default the largest rank
+            of the adapters.
         lora_alpha: The numerator of the result's scaling; by default the scaling is the adapters'
             own if they share one, else 1.
         base: The base model of all adapters, whatever name they give it; from the hub also as
@@ -94,9 +95,8 @@ def aggregate_directories(
     identity = _common_base(directories, adapters)
     if base:
         identity = replace(identity, name=base, revision=revision)
-    if rank is None:
-        rank = max(matrix.rank for adapter in adapters for matrix in adapter.modules.values())
-    scaling = None if lora_alpha is None else lora_alpha / rank
+    result_rank = largest_rank(adapters) if rank is None else rank
+    scaling = None if lora_alpha is None else lora_alpha / result_rank
     aggregate = aggregate_adapters(adapters, weights, method, rank=rank, scaling=scaling)
 
     # Adapters on disk are in float32, whatever dtype the aggregation used.
@@ -115,7 +115,7 @@ def aggregate_directories(
         method=repr(method),
     )
     residual_rank = max(map(rank_bound, aggregate.residual.values()), default=0)
-    return AggregatedDirectories(model, len(adapters), rank, residual_rank)
+    return AggregatedDirectories(model, len(adapters), result_rank, residual_rank)
 
 
 def _check_name(base: str) -> None:

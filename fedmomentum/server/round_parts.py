@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedmomentum.aggregation.weights import capped_weights
 from fedmomentum.objectives.choice import make_objective
 from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.messages import EvaluateRequest, TrainRequest
 from fedmomentum.protocol.private_messages import PrivateTerms
-from fedmomentum.server.selection import client_weights
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class TrainedRound:
         """Return the weights of the updates, capped at `max_weight`."""
         if self.summed is not None:
             return self.summed.weights
-        return client_weights(self.num_examples, max_weight)
+        return capped_weights(self.num_examples, max_weight)
 
 
 @dataclass(frozen=True)

@@ -41,29 +41,6 @@ def sample_size(num_clients: int, client_fraction: float) -> int:
     return max(1, math.ceil(client_fraction * num_clients - ROUNDING))
 
 
-def client_weights(num_examples: Mapping[str, int], max_weight: float) -> dict[str, float]:
-    """Return `w_i = N_i / sum N`, capped; the excess goes to the other clients in proportion.
-
-    Args:
-        num_examples: Client to its number of training examples.
-        max_weight: The largest weight of a client. A cap below equal weights is impossible, and
-            gives equal weights.
-    """
-    cap = max(max_weight, 1 / len(num_examples))
-    capped: set[str] = set()
-    while True:
-        # Distribute what the capped clients leave among the others, until none exceeds the cap.
-        uncapped = sum(count for client, count in num_examples.items() if client not in capped)
-        free_weight = 1 - cap * len(capped)
-        weights = {}
-        for client, count in sorted(num_examples.items()):
-            weights[client] = cap if client in capped else free_weight * count / uncapped
-        above = {client for client, weight in weights.items() if weight > cap * (1 + 1e-12)}
-        if not above:
-            return weights
-        capped |= above
-
-
 def check_quorum(
     server_round: int,
     num_valid: int,

@@ -266,19 +266,18 @@ class Server:
 
     def _aggregate(self, server_round: int, trained: TrainedRound) -> Combined:
         """Combine the updates module by module with the run's method."""
-        adapter = self.model.adapter
-        weights = trained.weights(self._config.federation.max_client_weight)
+        max_weight = self._config.federation.max_client_weight
+        weights = trained.weights(max_weight)
         result = aggregate_updates(
             [trained.updates[client] for client in weights],
             list(weights.values()),
             self._method,
-            RoundContext(
-                ranks={module: matrix.rank for module, matrix in adapter.modules.items()},
-                scalings=adapter.scalings,
-                reference=adapter,
-                carried=self.model.carried,
-                server_round=server_round,
+            RoundContext.of_round(
+                server_round,
+                self.model.adapter,
+                self.model.carried,
                 seed=self._config.run.seed,
+                max_weight=max_weight,
             ),
             on_module=self._callbacks.on_aggregate,
         )

@@ -25,8 +25,9 @@ from fedmomentum.aggregation import (
 from fedmomentum.aggregation.aggregate import RoundContext, aggregate_adapters, aggregate_updates
 from fedmomentum.aggregation.client_adapters import initialize_adapter
 from fedmomentum.aggregation.registry import METHODS, build_method
-from fedmomentum.errors import ConfigError
+from fedmomentum.errors import AdapterError, ConfigError
 from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.linalg.matrix import to_dense
 from fedmomentum.lora.adapter import Adapter, fresh_adapter
 from fedmomentum.utils.seeding import module_seed
 from tests.helpers import (
@@ -80,6 +81,27 @@ MOMENTA = [
     for residual in ("merged", "carried")
 ]
 WEIGHTS = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rank", [None, 6, 2])
+def test_a_module_that_is_smaller_than_the_rank_gets_its_full_rank(rank):
+    """Such as a gate with one output, which PEFT adapts at the rank of all others."""
+    given = []
+    for i, scaling in enumerate((0.5, 3.0)):
+        modules = {
+            "gate": random_matrix(1, 30, 6, seed=i),
+            "q": random_matrix(20, 30, 6, seed=9 + i),
+        }
+        given.append(Adapter(modules, dict.fromkeys(modules, scaling), name=f"adapter {i}"))
+    result = aggregate_adapters(given, [1, 2], rank=rank)
+    assert {m: f.rank for m, f in result.adapter.modules.items()} == {"gate": 1, "q": rank or 6}
+    for module in ("gate", "q"):
+        total = result.adapter.effective(module).dense()
+        if module in result.residual:
+            total = total + to_dense(result.residual[module])
+        assert error(total, dense_effective(given, [1 / 3, 2 / 3], module)) < 1e-10
+    with pytest.raises(AdapterError, match="rank must be from 1 to 20, the full rank of the larg"):
+        aggregate_adapters(given, rank=21)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.adapter import to_tensors
 from fedmomentum.protocol.codec import decode_task, encode_task
 from fedmomentum.protocol.transport import Failure, InProcessTransport
-from fedmomentum.server.selection import client_weights, sample_clients
+from fedmomentum.server.selection import sample_clients
 from fedmomentum.server.server import Server
 from fedmomentum.utils.tensors import safetensors_bytes
 from tests.runs import altered, chain, nudge, prepare, start, timeless, tiny_config
@@ -277,21 +277,6 @@ def test_sampling_is_a_function_of_seed_and_round(n, client_fraction, seed, serv
     assert len(drawn) == max(1, math.ceil(client_fraction * n - 1e-9)) and set(drawn) <= set(
         clients
     )
-
-
-@given(
-    counts=st.lists(st.integers(1, 10**9), min_size=1, max_size=20),
-    cap=st.floats(0.01, 1.0, allow_subnormal=False),
-)
-def test_weights_are_shares_of_examples_and_capped(counts, cap):
-    weights = client_weights({f"c{i:02d}": n for i, n in enumerate(counts)}, cap)
-    values = list(weights.values())
-    assert sum(values) == pytest.approx(1) and all(w > 0 for w in values)
-    assert max(values) <= max(cap, 1 / len(counts)) * (1 + 1e-9)
-    if max(counts) / sum(counts) <= cap:
-        assert values == pytest.approx([n / sum(counts) for n in counts])
-    order = sorted(range(len(counts)), key=lambda i: counts[i])
-    assert all(values[a] <= values[b] * (1 + 1e-9) for a, b in zip(order, order[1:], strict=False))
 
 
 # ── faults ──
