@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from fedmomentum.lora.adapter import Adapter
 
 
-def start_from(model: GlobalModel, given: Adapter, *, is_merged: bool) -> GlobalModel:
+def start_from(
+    model: GlobalModel, given: Adapter, *, is_merged: bool, is_mixed: bool
+) -> GlobalModel:
     """Return the model of round 0 with the whole product of an adapter added to it.
 
     An adapter of the run's rank is continued as it is. One of lower rank is padded with the last
@@ -31,6 +33,8 @@ def start_from(model: GlobalModel, given: Adapter, *, is_merged: bool) -> Global
         given: The adapter to begin with.
         is_merged: Whether all of it is merged into the base, because the method starts from its own
             adapter.
+        is_mixed: Whether clients have different ranks. Those of lower rank take the first
+            components, so the adapter's are then its singular directions, in descending order.
 
     Raises:
         AdapterError: If the adapter changes modules that the run does not adapt, or shapes differ.
@@ -41,11 +45,13 @@ def start_from(model: GlobalModel, given: Adapter, *, is_merged: bool) -> Global
     changes: dict[str, LowRank] = {}
     for module, matrix in given.modules.items():
         fresh = modules[module]
-        head, tail = (None, matrix) if is_merged else _divide(matrix, fresh)
-        if head is not None:
+        if is_merged:
+            tail = matrix
+        else:
+            head, tail = _divide(matrix, fresh, is_ordered=is_mixed)
             ratio = given.scalings[module] / model.adapter.scalings[module]
             modules[module] = head.to(torch.float64).scaled(ratio).to(torch.float32)
-        if tail is not None and tail.rank:
+        if tail.rank:
             scaled = tail.to(torch.float64).scaled(given.scalings[module])
             changes[module] = scaled.to(torch.float32)
     saved = {
@@ -64,15 +70,21 @@ def start_from(model: GlobalModel, given: Adapter, *, is_merged: bool) -> Global
     return replace(model, adapter=rounded, base_update=(*model.base_update, *update))
 
 
-def _divide(matrix: LowRank, fresh: LowRank) -> tuple[LowRank, LowRank | None]:
-    """Return factors with the rank of `fresh`, and the rest of a matrix of higher rank."""
+def _divide(matrix: LowRank, fresh: LowRank, *, is_ordered: bool) -> tuple[LowRank, LowRank]:
+    """Return factors with the rank of `fresh`, and the rest, of rank 0 if there is none.
+
+    Args:
+        matrix: The given factors.
+        fresh: The factors of a new adapter.
+        is_ordered: Whether the components must be singular directions, in descending order.
+    """
     missing = fresh.rank - matrix.rank
-    if missing < 0:
-        return matrix.to(torch.float64).canonical().split_rank(fresh.rank)
-    if missing == 0:
-        return matrix, None
-    spare = LowRank(fresh.B.new_zeros(fresh.shape[0], missing), fresh.A[-missing:])
-    return matrix.concatenate(spare.to(matrix.dtype)), None
+    if is_ordered or missing < 0:
+        matrix = matrix.to(torch.float64).canonical()
+    if missing > 0:
+        spare = LowRank(fresh.B.new_zeros(fresh.shape[0], missing), fresh.A[-missing:])
+        matrix = matrix.concatenate(spare.to(matrix.dtype))
+    return matrix.split_rank(fresh.rank)
 
 
 def check_fits(own_adapter: Adapter, given: Adapter) -> None:

@@ -374,4 +374,4 @@ def _initial_model(
         asked = handshake(crew, replace(config, model=labeled), run_id, outline.method)
         model = asked.model
     model = model.with_wire_dtype(wire_dtype(config.federation.downlink_dtype))
-    return with_start_adapter(outline.start_adapter, outline.method, model)
+    return with_start_adapter(outline.start_adapter, config, outline.method, model)

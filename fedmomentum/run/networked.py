@@ -99,7 +99,7 @@ def run_federation(
             check_num_clients(config, len(transport.clients()))
             started = handshake(transport, config, state.run_id, method)
             model = started.model.with_wire_dtype(wire_dtype(config.federation.downlink_dtype))
-            model = with_start_adapter(start_adapter, method, model)
+            model = with_start_adapter(start_adapter, config, method, model)
             plan = served_plan(config, model, method, started.facts)
             callback_list.on_plan(plan)
             _describe(directory, config, state.run_id, plan, model, started.facts, data)

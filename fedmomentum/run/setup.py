@@ -213,7 +213,9 @@ def read_start_adapter(config: Config) -> Adapter | None:
     return given
 
 
-def with_start_adapter(given: Adapter | None, method: Method, model: GlobalModel) -> GlobalModel:
+def with_start_adapter(
+    given: Adapter | None, config: Config, method: Method, model: GlobalModel
+) -> GlobalModel:
     """Return the model of round 0 with the given adapter, if there is one.
 
     Raises:
@@ -221,7 +223,12 @@ def with_start_adapter(given: Adapter | None, method: Method, model: GlobalModel
     """
     if given is None:
         return model
-    return start_from(model, given, is_merged=method.fresh or method.reads_base)
+    return start_from(
+        model,
+        given,
+        is_merged=method.fresh or method.reads_base,
+        is_mixed=config.lora.is_mixed or method.prunes,
+    )
 
 
 def training_function(config: Config) -> TrainingFunction | None:

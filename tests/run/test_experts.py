@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from fedmomentum.errors import AdapterError, ConfigError
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.model import GlobalModel
+from fedmomentum.global_model.start import start_from
+from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.module_names import split_expert
 from fedmomentum.lora.peft_folder import read_adapter, write_adapter
 from fedmomentum.protocol.transport import InProcessTransport
@@ -169,6 +171,31 @@ def given(folder, tmp_path_factory):
     run = start(config_of(folder, lora={"rank": 4, "lora-alpha": 10.0}), out / "run")
     write_adapter(run.model.adapter, out / "adapter")
     return out / "adapter"
+
+
+@pytest.mark.parametrize("rank", [4, 6])
+def test_clients_of_lower_rank_train_the_leading_directions_of_the_adapter(
+    folder, given, tmp_path, rank
+):
+    """The given adapter's components are in no order: as trained, the first are not the largest."""
+    run = prepare(config_of(folder, lora={"rank": rank}), tmp_path / "run")
+    run.close()
+    adapter = read_adapter(given)
+    order = [3, 1, 2, 0]
+    sizes = torch.tensor([0.1, 0.4, 1.0, 3.0])
+    modules = {}
+    for module, matrix in adapter.modules.items():
+        canonical = matrix.canonical()
+        modules[module] = LowRank((canonical.B * sizes)[:, order], canonical.A[order])
+    model = start_from(run.model, replace(adapter, modules=modules), is_merged=False, is_mixed=True)
+    for module, matrix in model.adapter.modules.items():
+        ratio = adapter.scalings[module] / model.adapter.scalings[module]
+        product = ratio * modules[module].dense()
+        assert torch.allclose(matrix.dense(), product, atol=1e-6 * float(product.norm()))
+        U, S, Vh = torch.linalg.svd(product, full_matrices=False)
+        best = (U[:, :1] * S[:1]) @ Vh[:1]
+        first = matrix.split_rank(1)[0].dense()
+        assert torch.allclose(first, best, atol=1e-5 * float(product.norm())), module
 
 
 @pytest.mark.parametrize("rank", [2, 4, 6])
