@@ -451,6 +451,16 @@ def test_hetlora_weights_clients_by_the_norm_of_their_full_update():
     assert float(one_sided.min()) > 0 and float(one_sided[1]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("decay, rank", [(0.29, 100), (0.57, 100), (0.58, 50), (0.7, 90)])
+def test_hetlora_prunes_to_the_whole_number_that_the_product_is(decay, rank):
+    """In floating point 0.29 * 100 is 28.999999999999996."""
+    tail = [LowRank(torch.zeros(3, rank), torch.zeros(rank, 3))]
+    start = [LowRank(torch.ones(3, rank), torch.ones(rank, 3))]
+    method = HetLoRA(decay=decay)
+    assert method.next_rank(rank, start, tail) == round(decay * rank)
+    assert method.next_rank(rank - 1, start, tail) == int(decay * (rank - 1))
+
+
 def test_hetloras_penalty_is_on_the_tail_and_prunes():
     method = HetLoRA(decay=0.75, strength=0.3, min_rank=5)
     B = torch.randn(40, 8, generator=generator(1), dtype=torch.float64, requires_grad=True)
@@ -631,6 +641,22 @@ def test_lorafair_cosine_is_at_the_minimum_of_the_dense_objective(strength):
 
         descent.step(closure)
         assert closure().detach() >= value - 1e-12
+
+
+def test_lorafair_cosine_where_the_mean_factors_point_away_from_the_sum():
+    """Two adapters with the signs of their factors flipped: the objective has no minimizer."""
+    first = random_matrix(12, 10, 1, seed=4)
+    other = random_matrix(12, 10, 1, seed=5)
+    flipped = LowRank(-2 * first.B + 0.1 * other.B, -0.9 * first.A + 0.01 * other.A)
+    updates = [first, flipped]
+    weights = torch.full((2,), 0.5, dtype=torch.float64)
+    delta = dense_sum(updates, weights)
+    mean = LowRank((first.B + flipped.B) / 2, (first.A + flipped.A) / 2)
+    assert float((delta * mean.dense()).sum()) < 0
+    result = aggregate(LoRAFAIR(), updates, weights, rank=1)
+    least_squares = delta @ torch.linalg.pinv(mean.A)
+    assert error(result.adapter.B, least_squares) < 1e-10
+    assert result.findings["cosine"] > 0.99
 
 
 def test_lorafair_cosine_leaves_B_where_the_gain_is_below_the_price():

@@ -6,6 +6,7 @@ arXiv 2401.06432.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 # Weights must be positive: a client whose product is zero gets this weight relative to the largest.
 MIN_RELATIVE_NORM = 1e-12
+# How far below a whole number `gamma r` may be because of rounding, relative to it.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,16 @@ class HetLoRA(Method):
         """Return `max(min_rank, floor(gamma r))`, at most `rank`, if training shrank the tail."""
         if float(self._tail_norm(trained)) >= float(self._tail_norm(start)):
             return rank
-        return min(rank, max(self.min_rank, int(self.decay * rank)))
+        return min(rank, max(self.min_rank, self._kept_rank(rank)))
+
+    def _kept_rank(self, rank: int) -> int:
+        """Return `floor(gamma r)`; the tolerance is for products such as 0.29 * 100."""
+        return math.floor(self.decay * rank * (1 + ROUNDING))
 
     def _tail_norm(self, modules: Sequence[LowRank]) -> Tensor:
         norms = []
         for module in modules:
-            cut = int(self.decay * module.rank)
+            cut = self._kept_rank(module.rank)
             norms.append(module.B[:, cut:].norm() * module.A[cut:].norm())
         return torch.stack(norms).sum()
 

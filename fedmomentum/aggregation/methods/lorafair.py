@@ -46,7 +46,7 @@ class LoRAFAIR(Method):
 
     Source:
         arXiv 2411.14961, which has no code and takes an unstated number of SGD steps; we compute
-        the exact minimizer.
+        the minimizer itself.
     """
 
     objective: str = "cosine"
@@ -112,7 +112,9 @@ def cosine_minimizer(G: Tensor, mean: LowRank, delta_norm: float, strength: floa
         sigma rho ||C - B|| = strength ||Delta|| ||C A||.
 
     The second equation is quadratic in rho with one positive root; the third is solved for sigma by
-    bisection.
+    bisection. If the mean factors point away from Delta, the objective may have no minimizer: it
+    falls as C goes to zero in the direction of `L = G M^-1`, which has the best cosine. Then
+    C = L, the C with the least `||Delta - C A||`.
 
     Args:
         G: `(out, rank)`.
@@ -152,6 +154,15 @@ def cosine_minimizer(G: Tensor, mean: LowRank, delta_norm: float, strength: floa
         else:
             low = middle
     C, _ = stationary(math.exp(high))
+
+    # Compare its objective with the limit for t L as t goes to zero.
+    def one_minus_cosine(C: Tensor) -> Tensor:
+        return 1 - (G * C).sum() / (delta_norm * (m * C * C).sum().sqrt())
+
+    L = torch.where(m > m[-1] * torch.finfo(m.dtype).eps, G / m, torch.zeros_like(G))
+    limit = one_minus_cosine(L) + strength * B.norm()
+    if one_minus_cosine(C) + strength * (C - B).norm() > limit:
+        C = L
     minimizer: Tensor = C @ Q.mT
     return minimizer
 
