@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.table import Column, Table
 from rich.text import Text
 
+from fedmomentum.cli.columns import name_column, number_columns
 from fedmomentum.formats.benchmark_file import MetricScore, TaskResult
 from fedmomentum.results.benchmarks import benchmark_lines
 from fedmomentum.results.formatting import MISSING
@@ -18,9 +19,9 @@ def benchmark_tables(results: Sequence[TaskResult]) -> Iterator[Table]:
     """Yield one table per task: base and federated models side by side, one row per metric."""
     for result in results:
         num_examples = result.models[0].scores[0].num_examples
-        columns = [Column(name, no_wrap=True) for name in ("base", "federated", "difference")]
+        columns = number_columns("base", "federated", "difference")
         table = Table(
-            Column("metric", overflow="fold", min_width=8),
+            name_column("metric"),
             Column("round", justify="right"),
             *columns,
             title=Text(f"{result.task}, {num_examples} examples"),

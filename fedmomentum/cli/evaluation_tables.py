@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
+from fedmomentum.cli.columns import name_column, number_columns
 from fedmomentum.formats.scores import NO_EXAMPLES
 from fedmomentum.results.formatting import number, with_interval
 from fedmomentum.utils.text import printable
@@ -29,7 +30,7 @@ def evaluation_table(comparison: ModelComparison) -> Table:
     """Return a table of base and tuned scores: on all examples, by client, and by category."""
     base = comparison.base
     tuned = comparison.tuned
-    columns = [Column(name, no_wrap=True) for name in ("base", "tuned", "loss")]
+    columns = number_columns("base", "tuned", "loss")
     # The content of the last column depends on what was scored.
     by_label = tuned.all.total.by_label
     last = "perplexity"
@@ -37,7 +38,7 @@ def evaluation_table(comparison: ModelComparison) -> Table:
         last = "F1"
     elif tuned.all.total.is_of_pairs:
         last = "margin"
-    table = Table(Column("", overflow="fold", min_width=8), *columns, last)
+    table = Table(name_column(), *columns, last)
     if by_label:
         table.caption = "F1: the tuned model's, %; for all and for a client the mean over labels"
     table.add_row("all", *_score_cells(base.all.total, tuned.all.total))

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from fedmomentum.cli.columns import name_column
 from fedmomentum.cli.options import (
     ERR,
     OUT,
@@ -255,7 +256,7 @@ def join(
 
 
 def _check_table(results: list[CheckResult]) -> Table:
-    table = Table("", "checked", "what is wrong", box=None)
+    table = Table("", name_column("checked"), "what is wrong", box=None)
     for result in results:
         verdict = Text("no", style="red") if result.problem else Text("ok", style="green")
         table.add_row(verdict, result.name, Text(result.problem))

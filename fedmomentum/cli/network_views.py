@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedmomentum.cli.columns import name_column
 from fedmomentum.cli.progress import RunView, progress_bar
 from fedmomentum.cli.tables import plan_table
 from fedmomentum.flower.node_callback import NodeCallback, TaskInfo, WorkerInfo
@@ -246,7 +247,7 @@ def status_table(status: StatusFile, now: float) -> Table:
     has_ended = status.phase == "ended"
     is_stale = now - status.written > STALE_SECONDS
     table = Table(
-        "client",
+        name_column("client"),
         "online",
         "state",
         "left",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
+from fedmomentum.cli.columns import name_column
 from fedmomentum.cli.options import OUT, ConfigFile, Overrides
 from fedmomentum.errors import ConfigError, PrivacyError
 from fedmomentum.results.formatting import number
@@ -88,7 +89,7 @@ def _plan_table(job: Config, dp: DPConfig, units: Mapping[str, int]) -> Table:
         Column(name, justify="right")
         for name in ("public units", "sample rate", "steps a round", "rounds", "noise", "epsilon")
     ]
-    table = Table("client", *right)
+    table = Table(name_column("client"), *right)
     num_rounds = job.federation.num_rounds
     hyperparameters = job.training.hyperparameters(1, num_rounds)
     # Without epsilon or noise, there is nothing to compute from, so show typical epsilons.
@@ -104,7 +105,7 @@ def _plan_table(job: Config, dp: DPConfig, units: Mapping[str, int]) -> Table:
             table.add_row(
                 printable(client),
                 str(count),
-                number(steps.sample_rate),
+                f"{steps.sample_rate:.3g}",
                 str(steps.num_steps),
                 str(num_rounds),
                 number(steps.noise_multiplier),
@@ -158,7 +159,7 @@ def _print_ledger(record: LedgerRecord, delta: float) -> None:
             first.data[:8],
             str(len({training.server_round for training in trainings})),
             str(sum(training.num_steps for training in trainings)),
-            number(first.sample_rate),
+            f"{first.sample_rate:.3g}",
             number(first.noise_multiplier),
             number(epsilon_of(history, delta)),
             str(num_open),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedmomentum.cli.tables import (
@@ -64,8 +64,9 @@ class RunView(Callback):
         self._progress = progress_bar(console, "{task.description}")
         self._rounds_bar = self._progress.add_task("rounds", total=num_rounds, note="")
         self._step_bar = self._progress.add_task("", total=1, note="", visible=False)
+        columns = [Column(name, overflow="fold") for name in ROUND_COLUMNS]
         self._table = Table(
-            *ROUND_COLUMNS, caption="* lowest held-out loss so far", caption_justify="left"
+            *columns, caption="* lowest held-out loss so far", caption_justify="left"
         )
         self._is_interrupted = False
         # Client -> its completed and total steps; several clients may train at once on run.devices.

@@ -159,7 +159,7 @@ def compare(
     data: DataOption = None,
 ) -> None:
     """Compare methods on the same data over several seeds; run again to continue."""
-    from fedmomentum.cli.tables import comparison_tables
+    from fedmomentum.cli.tables import comparison_tables, gap_lines
     from fedmomentum.config.toml import load_config
     from fedmomentum.report import write_comparison_page
     from fedmomentum.run import compare as comparing
@@ -194,6 +194,8 @@ def compare(
     )
     for table in comparison_tables(comparison):
         OUT.print(table)
+    for line in gap_lines(comparison):
+        OUT.print(line, soft_wrap=True)
     page = write_comparison_page([out])
     OUT.print(
         f"\nThe numbers are in {out / 'comparison.json'} and {out / 'comparison.csv'}, the page "

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from fedmomentum.cli.columns import name_column, number_columns
 from fedmomentum.formats.scores import NO_EXAMPLES, Score
 from fedmomentum.results.formatting import (
     count,
@@ -168,7 +169,7 @@ def partition_table(clients: Sequence[TokenizedClient]) -> Table:
 
     columns = [Column(escape(name or "examples"), overflow="fold") for name in categories]
     others_column = ["others"] if has_others else []
-    table = Table("client", *columns, *others_column, "all", "held out")
+    table = Table(name_column("client"), *columns, *others_column, "all", "held out")
     for client in clients[:MAX_CLIENTS]:
         counts = Counter(client.train.categories)
         cells = [counts[category] for category in categories]
@@ -215,10 +216,9 @@ def summary_table(results: RunResults) -> Table:
 
     rows = summarize_run(results.rounds)
     total = rows[0].federated or rows[0].base or NO_EXAMPLES
-    columns = [Column(name, no_wrap=True) for name in ("base", "federated", "change", "loss")]
     table = Table(
-        Column("", overflow="fold"),
-        *columns,
+        name_column(),
+        *number_columns("base", "federated", "change", "loss"),
         title=f"{total.measure.capitalize()} on held-out examples, % [95 % interval]",
     )
     if total.by_label:
@@ -298,6 +298,17 @@ def absence_lines(results: RunResults) -> list[Text]:
 # ── a comparison of methods ──
 
 
+def gap_lines(comparison: Comparison) -> list[Text]:
+    """Return warnings about what is missing from a comparison; if there is much, the first."""
+    from fedmomentum.results.comparison_gaps import find_gaps
+
+    gaps = find_gaps(comparison)
+    lines = [Text(printable(gap), style="yellow") for gap in gaps[:MAX_ABSENCES]]
+    if len(gaps) > MAX_ABSENCES:
+        lines.append(Text(f"... and {len(gaps) - MAX_ABSENCES} more, on the page", style="yellow"))
+    return lines
+
+
 def comparison_tables(comparison: Comparison) -> Iterator[Table]:
     """Yield tables of scores, differences from the baseline, and costs to reach the target."""
     from fedmomentum.results.method_summary import summarize_methods
@@ -311,21 +322,19 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
 
 def _scores_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
     table = Table(
-        "",
-        f"{comparison.measure}, last",
-        "best",
-        "loss, last",
-        "best",
+        name_column(),
+        *number_columns(f"{comparison.measure}, last", "best", "loss, last", "best"),
         title="Held-out examples of all clients: mean ± standard deviation over seeds",
         caption="best: over the rounds, on the examples that every evaluation has",
         caption_justify="left",
     )
     for summary in summaries:
+        num_seeds = len(summary.seeds)
         table.add_row(
             _method_name(summary, comparison.baseline),
-            mean_and_spread(summary.exact_match, 100, 1),
+            mean_and_spread(summary.exact_match, 100, 1, num_seeds=num_seeds),
             mean_and_spread(summary.best_exact_match, 100, 1),
-            mean_and_spread(summary.loss, 1, 3),
+            mean_and_spread(summary.loss, 1, 3, num_seeds=num_seeds),
             mean_and_spread(summary.best_loss, 1, 3),
         )
     return table
@@ -334,7 +343,8 @@ def _scores_table(summaries: Sequence[MethodSummary], comparison: Comparison) ->
 def _differences_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
     baseline = comparison.baseline
     title = f"Difference to {baseline}, paired by seed, [95 % t-interval]"
-    table = Table("", "seeds", f"{comparison.measure}, points", "loss", title=Text(title))
+    columns = number_columns("seeds", f"{comparison.measure}, points", "loss")
+    table = Table(name_column(), *columns, title=Text(title))
     for summary in summaries:
         if summary.method == baseline:
             continue
@@ -350,11 +360,8 @@ def _differences_table(summaries: Sequence[MethodSummary], comparison: Compariso
 
 def _cost_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
     table = Table(
-        "",
-        "reached by",
-        "rounds",
-        "sent, both ways",
-        "time",
+        name_column(),
+        *number_columns("reached by", "rounds", "sent, both ways", "time"),
         title=f"To {comparison.target:.0%} {comparison.measure}",
     )
     for summary in summaries:

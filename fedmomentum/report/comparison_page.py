@@ -13,20 +13,23 @@ from fedmomentum.report.figures import method_curves, method_scores
 from fedmomentum.report.figures.svg import Plot
 from fedmomentum.report.html import render, write_page
 from fedmomentum.results.comparison import (
+    COMPARED_KEYS,
     COMPARISON,
     Comparison,
     compare_runs,
+    flat_settings,
     read_comparison,
     read_settings,
 )
+from fedmomentum.results.comparison_gaps import find_gaps
 from fedmomentum.results.method_summary import MethodSummary, summarize_methods
 from fedmomentum.results.run_results import RunResults
 from fedmomentum.results.statistics import MeanEstimate
 from fedmomentum.results.summary import natural_order
 
 DATA = "comparison-data"
-# Settings in which the runs of a comparison differ intentionally.
-_COMPARED_KEYS = {"method.name", "method.settings", "run.seed"}
+# The most lines on what is missing to show at once; the others unfold.
+MAX_GAPS = 12
 
 # Settings that differ between runs: key -> pairs of a value and its methods.
 Differences = list[tuple[str, list[tuple[str, str]]]]
@@ -82,11 +85,11 @@ def write_comparison_page(
 
 @dataclass(frozen=True)
 class _Leaders:
-    """The methods on the cards at the top of the page; None if no method has the score."""
+    """The methods on the cards at the top of the page; several if they are tied."""
 
-    highest: MethodSummary | None
-    lowest: MethodSummary | None
-    least: MethodSummary | None
+    highest: list[MethodSummary]
+    lowest: list[MethodSummary]
+    least: list[MethodSummary]
 
 
 def _content(comparison: Comparison, commands: list[tuple[str, str]]) -> dict[str, Any]:
@@ -98,13 +101,14 @@ def _content(comparison: Comparison, commands: list[tuple[str, str]]) -> dict[st
     means = method_scores.client_means(comparison, clients)
     runs = [run for one in comparison.method_runs for run in one.runs]
     first = comparison.method_runs[0]
+    gaps = find_gaps(comparison)
     return {
         "comparison": comparison,
         "summaries": summaries,
         "seeds": sorted({one.seed for one in comparison.method_runs}),
-        "highest": leaders.highest,
-        "lowest": leaders.lowest,
-        "least": leaders.least,
+        "highests": leaders.highest,
+        "lowests": leaders.lowest,
+        "leasts": leaders.least,
         "items": _example_counts(comparison),
         "model": runs[0].plan.model,
         "clients": clients,
@@ -118,7 +122,8 @@ def _content(comparison: Comparison, commands: list[tuple[str, str]]) -> dict[st
         "commands": commands,
         "num_methods": len(summaries) - len(references),
         "num_references": len(references),
-        "unfinished": _unfinished(comparison),
+        "gaps": gaps[:MAX_GAPS],
+        "more_gaps": gaps[MAX_GAPS:],
     }
 
 
@@ -136,17 +141,34 @@ def _plots(
 
 
 def _find_leaders(summaries: Sequence[MethodSummary], references: set[str]) -> _Leaders:
-    """Find the best method by each measure; references only compete for the fewest bytes."""
+    """Find the best method by each measure; references only compete for the fewest bytes.
+
+    Means over fewer seeds are of easier seeds, perhaps: bytes are compared between the methods that
+    reached the target with the most seeds.
+    """
     scored = []
     for summary in summaries:
         if summary.exact_match and summary.loss and summary.method not in references:
             scored.append(summary)
-    reached = [summary for summary in summaries if summary.bytes_to_target]
+    most = max((summary.reached for summary in summaries if summary.bytes_to_target), default=0)
+    reached = [one for one in summaries if one.bytes_to_target and one.reached == most]
     return _Leaders(
-        highest=max(scored, key=_mean_of(lambda one: one.exact_match), default=None),
-        lowest=min(scored, key=_mean_of(lambda one: one.loss), default=None),
-        least=min(reached, key=_mean_of(lambda one: one.bytes_to_target), default=None),
+        highest=_best(scored, max, _mean_of(lambda one: one.exact_match)),
+        lowest=_best(scored, min, _mean_of(lambda one: one.loss)),
+        least=_best(reached, min, _mean_of(lambda one: one.bytes_to_target)),
     )
+
+
+def _best(
+    summaries: Sequence[MethodSummary],
+    choose: Callable[[list[float]], float],
+    mean: Callable[[MethodSummary], float],
+) -> list[MethodSummary]:
+    """Return the methods whose mean is the highest or lowest of all."""
+    if not summaries:
+        return []
+    best = choose([mean(summary) for summary in summaries])
+    return [summary for summary in summaries if mean(summary) == best]
 
 
 def _mean_of(
@@ -172,28 +194,20 @@ def _example_counts(comparison: Comparison) -> list[int]:
     return sorted(counts)
 
 
-def _unfinished(comparison: Comparison) -> list[str]:
-    unfinished = []
-    for one in comparison.method_runs:
-        if one.points[-1].round < one.runs[0].plan.num_rounds:
-            unfinished.append(f"{one.method}, seed {one.seed}")
-    return unfinished
-
-
 def _find_differences(comparison: Comparison) -> Differences:
     """Find settings that differ between the federated runs, besides those being compared."""
     # The settings of each federated run.
     settings = []
     for one in comparison.method_runs:
         if one.kind == "federated":
-            settings.append((one.method, _flatten(read_settings(one.runs[0]))))
+            settings.append((one.method, flat_settings(read_settings(one.runs[0]))))
     keys: set[str] = set()
     for _, table in settings:
         keys.update(table)
 
     # Keys with several values, with the methods that have each value.
     differences = []
-    for key in sorted(keys - _COMPARED_KEYS):
+    for key in sorted(keys - COMPARED_KEYS):
         methods_by_value: dict[str, list[str]] = {}
         for method, table in settings:
             methods_by_value.setdefault(table.get(key, "not set"), []).append(method)
@@ -203,16 +217,6 @@ def _find_differences(comparison: Comparison) -> Differences:
                 values.append((value, ", ".join(dict.fromkeys(methods))))
             differences.append((key, values))
     return differences
-
-
-def _flatten(settings: dict[str, Any]) -> dict[str, str]:
-    """Flatten settings into `section.key` -> value."""
-    flat = {}
-    for section, values in settings.items():
-        if isinstance(values, dict):
-            for key, value in values.items():
-                flat[f"{section}.{key}"] = repr(value)
-    return flat
 
 
 def _environment_facts(runs: Sequence[RunResults]) -> list[tuple[str, str]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedmomentum.errors import DataError, ModelError
+from fedmomentum.config.toml import LOCATIONS, MAY_CHANGE
+from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.formats.run_files import ComparisonFile, ComparisonHead
 from fedmomentum.formats.scores import NO_EXAMPLES
 from fedmomentum.results.method_run import MethodRun, make_method_run
@@ -19,6 +21,8 @@ from fedmomentum.utils.schema import parse_json
 COMPARISON = "comparison.json"
 FORMAT = "fedmomentum comparison"
 FORMAT_VERSION = 3
+COMPARED_KEYS = frozenset({"method.name", "method.settings", "run.seed"})
+"""Settings in which the runs of a comparison differ intentionally."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +103,24 @@ def _parse_comparison(data: bytes, name: str) -> ComparisonFile:
 def compare_runs(directories: Sequence[Path], target: float) -> Comparison:
     """Compare single runs; the first one's method is the baseline.
 
-    Runs are labeled by method and settings if labels and seeds are unique, else by directory.
+    Runs are labeled by method and settings if labels and seeds are unique, else by directory. Runs
+    of one method are its seeds only if they share all other settings; those that do not are labeled
+    with the settings in which they differ.
 
     Raises:
+        ConfigError: If a run is given twice.
         ModelError: If a run is missing; see `RunResults.load`.
         DataError: If a file is damaged, a config.toml is not TOML, or the runs have different
             objectives.
     """
+    for directory, times in Counter(path.resolve() for path in directories).items():
+        if times > 1:
+            raise ConfigError(f"{directory} is given {times} times; a run counts once")
     # Settings are read from each run's config.toml.
     runs = [RunResults.load(directory) for directory in directories]
     settings = [read_settings(run) for run in runs]
     seeds = [int(table.get("run", {}).get("seed", 0)) for table in settings]
-    labels = [_label(table) for table in settings]
+    labels = _labels(runs, settings)
 
     # Only directories distinguish two runs with the same method and seed.
     if len(set(zip(labels, seeds, strict=True))) < len(runs):
@@ -144,6 +154,50 @@ def read_settings(run: RunResults) -> dict[str, Any]:
         raise DataError(
             f"config.toml of {run.name} is not TOML: {error}. Restore the file from a copy."
         ) from None
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as `section.key` to value."""
+    flat = {}
+    for section, values in settings.items():
+        if isinstance(values, dict):
+            for key, value in values.items():
+                flat[f"{section}.{key}"] = repr(value)
+    return flat
+
+
+def _labels(runs: Sequence[RunResults], settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the runs' labels: the method, with what sets runs of one method apart."""
+    by_label: dict[str, list[int]] = {}
+    for position, table in enumerate(settings):
+        by_label.setdefault(_label(table), []).append(position)
+    labels = [""] * len(runs)
+    for label, positions in by_label.items():
+        tables = [flat_settings(settings[position]) for position in positions]
+        keys = sorted(_differing_keys(tables) - COMPARED_KEYS - MAY_CHANGE - LOCATIONS)
+        if len({_num_rounds(table) for table in tables}) > 1:
+            keys.append("federation.num-rounds")
+        # A default may have changed between two releases.
+        methods = {runs[position].plan.method for position in positions}
+        for position, table in zip(positions, tables, strict=True):
+            pairs = [f"{key}={table.get(key, 'not set')}" for key in keys]
+            if len(methods) > 1:
+                pairs.append(f"as {runs[position].plan.method}")
+            separator = ";" if ":" in label else ":"
+            labels[position] = label + (separator + ";".join(pairs) if pairs else "")
+    return labels
+
+
+def _num_rounds(table: Mapping[str, str]) -> str | None:
+    return table.get("federation.num-rounds")
+
+
+def _differing_keys(tables: Sequence[Mapping[str, str]]) -> set[str]:
+    """Return the keys whose values are not the same in all tables."""
+    keys: set[str] = set()
+    for table in tables:
+        keys.update(table)
+    return {key for key in keys if len({table.get(key) for table in tables}) > 1}
 
 
 def _label(settings: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ def points(difference: float | None) -> str:
     """Format a difference of two fractions in percentage points, with its sign."""
     if difference is None:
         return MISSING
-    return _with_minus(f"{100 * difference:+.1f}")
+    return _signed(100 * difference, 1)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -42,27 +42,53 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def mean_and_spread(
-    estimate: MeanEstimate | None, factor: float = 1.0, digits: int = 3, unit: str = ""
+    estimate: MeanEstimate | None,
+    factor: float = 1.0,
+    digits: int = 3,
+    unit: str = "",
+    num_seeds: int = 0,
 ) -> str:
-    """Format a mean and its standard deviation over seeds as 28.2 ± 0.6."""
+    """Format a mean and its standard deviation over seeds as 28.2 ± 0.6.
+
+    Args:
+        estimate: The mean.
+        factor: What it is multiplied by.
+        digits: Digits after the point.
+        unit: The unit, after a space.
+        num_seeds: The number of seeds that were run; if fewer have a value, their number follows,
+            as in 28.2 ± 0.6 (n = 2).
+    """
     if estimate is None:
         return MISSING
     text = f"{factor * estimate.mean:.{digits}f}"
     if estimate.spread is not None:
         text += f" ± {factor * estimate.spread:.{digits}f}"
-    return _with_minus(text + unit)
+    return _with_minus(text + unit) + _count_note(estimate, num_seeds)
 
 
-def mean_and_interval(estimate: MeanEstimate | None, factor: float = 1.0, digits: int = 3) -> str:
-    """Format a signed mean and its 95 % interval as +1.3 [−2.1, +4.7]."""
+def mean_and_interval(
+    estimate: MeanEstimate | None, factor: float = 1.0, digits: int = 3, num_seeds: int = 0
+) -> str:
+    """Format a signed mean and its 95 % interval as +1.3 [−2.1, +4.7].
+
+    Args:
+        estimate: The mean.
+        factor: What it is multiplied by.
+        digits: Digits after the point.
+        num_seeds: See `mean_and_spread`.
+    """
     if estimate is None:
         return MISSING
-    text = f"{factor * estimate.mean:+.{digits}f}"
+    text = _signed(factor * estimate.mean, digits)
     if estimate.low is not None and estimate.high is not None:
-        low = f"{factor * estimate.low:+.{digits}f}"
-        high = f"{factor * estimate.high:+.{digits}f}"
+        low = _signed(factor * estimate.low, digits)
+        high = _signed(factor * estimate.high, digits)
         text += f" [{low}, {high}]"
-    return _with_minus(text)
+    return text + _count_note(estimate, num_seeds)
+
+
+def _count_note(estimate: MeanEstimate, num_seeds: int) -> str:
+    return f" (n = {estimate.count})" if estimate.count < num_seeds else ""
 
 
 def count(value: int | None) -> str:
@@ -93,7 +119,7 @@ def byte_unit(num_bytes: float) -> tuple[float, str]:
 
 def human_seconds(seconds: float) -> str:
     """Format 75.2 as 1 min 15 s."""
-    if seconds < 60:
+    if seconds < 59.95:  # above, it would round to 60.0 s
         return f"{seconds:.1f}\u00a0s"
     minutes, remainder = divmod(round(seconds), 60)
     if minutes < 60:
@@ -136,6 +162,14 @@ def with_interval(fraction: float, bounds: tuple[float, float]) -> str:
     """Return a fraction and its interval in percent, such as `38.6 [34.2, 43.1]`."""
     low, high = bounds
     return f"{100 * fraction:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _signed(value: float, digits: int) -> str:
+    """Return a number with its sign; none if it rounds to zero."""
+    text = f"{value:+.{digits}f}"
+    if float(text) == 0:
+        return text[1:]
+    return _with_minus(text)
 
 
 def _with_minus(text: str) -> str:

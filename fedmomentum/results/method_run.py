@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedmomentum.formats.round_record import EvaluationRecord
+from fedmomentum.formats.round_record import EvaluationRecord, RoundRecord
 from fedmomentum.formats.scores import NO_EXAMPLES, Score
 from fedmomentum.results.run_results import RunResults
 from fedmomentum.results.summary import find_federated_round, scored, total_seconds
@@ -43,8 +43,8 @@ class MethodRun:
         method: Its label in the comparison.
         seed: The run's seed.
         points: One per round; for `local`, the mean over the clients.
-        exact_match: The score on all held-out examples after the last evaluated round; None without
-            an evaluation.
+        exact_match: The score on all held-out examples after the last round, or of an unfinished
+            run after the last evaluated one; None without an evaluation.
         loss: The loss on these examples, in `loss_unit`; None without an evaluation.
         num_examples: The number of these examples.
         by_client: Client to its (exact match, loss) on its own examples.
@@ -119,8 +119,18 @@ def make_method_run(
     )
 
 
-def _final_score(run: RunResults) -> Score | None:
+def _final_round(run: RunResults) -> RoundRecord | None:
+    """Return the round whose scores are the run's: the last one, if it is finished."""
     final_round = find_federated_round(run.rounds)
+    # The evaluations of the last round may all have failed. Earlier scores are of another model,
+    # and over fewer examples.
+    if run.is_finished and final_round is not run.rounds[-1]:
+        return None
+    return final_round
+
+
+def _final_score(run: RunResults) -> Score | None:
+    final_round = _final_round(run)
     if final_round is None or final_round.evaluation is None:
         return None
     return scored(final_round.evaluation.total)
@@ -139,7 +149,7 @@ def _scores_by_client(runs: Sequence[RunResults], kind: Kind) -> dict[str, tuple
 
 def _client_scores(run: RunResults, kind: Kind) -> dict[str, Score]:
     """Return the last scores, keyed by the client that holds out the examples."""
-    final_round = find_federated_round(run.rounds)
+    final_round = _final_round(run)
     if final_round is None or final_round.evaluation is None:
         return {}
     if kind == "federated":

@@ -39,7 +39,8 @@ class MethodSummary:
         loss: After the last round, on all held-out examples.
         best_exact_match: The best of all rounds, on the examples that all evaluations share.
         best_loss: The lowest of all rounds, on the same examples.
-        exact_match_difference: From the baseline, paired by seed, over the seeds that both have.
+        exact_match_difference: From the baseline, paired by seed, over the seeds in which both were
+            scored on equally many examples.
         loss_difference: The loss's difference from the baseline, paired in the same way.
         reached: The number of seeds whose exact match reached the target.
         rounds_to_target: Rounds until the target was reached, over the seeds that reached it.
@@ -83,7 +84,7 @@ def _summarize(
     loss_differences = []
     for run in runs:
         baseline = baseline_runs.get(run.seed)
-        if baseline is not None:
+        if baseline is not None and run.num_examples == baseline.num_examples:
             exact_match_differences.append(_subtract(run.exact_match, baseline.exact_match))
             loss_differences.append(_subtract(run.loss, baseline.loss))
 

@@ -51,7 +51,8 @@ class Absence:
         unit = "round" if self.num_sampled == 1 else "rounds"
         text += f" was left out of {self.num_missing} of {self.num_sampled} {unit}"
         if self.num_too_large:
-            text += f", {self.num_too_large} times for the size of its update"
+            times = "once" if self.num_too_large == 1 else f"{self.num_too_large} times"
+            text += f", {times} for the size of its update"
         if self.is_total:
             text += ": nothing of its data is in the model"
         return text

@@ -62,6 +62,11 @@ class RunResults:
     checkpoint: ModelFile | None
     benchmarks: BenchmarkResults | None = None
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last of the planned rounds is recorded."""
+        return bool(self.rounds) and self.rounds[-1].round >= self.plan.num_rounds
+
     @classmethod
     def load(cls, directory: str | Path, *, may_be_empty: bool = False) -> RunResults:
         """Read a run directory, even of a run that is in progress or was killed.

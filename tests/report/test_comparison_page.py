@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 
@@ -131,7 +132,7 @@ def test_sections_figures_and_numbers(whole):
     assert set(page.data) == PLOTS
     text = " ".join(page.text.split())
     assert "2 methods and 2 references on lab/small-lm-135m-instruct, 3 seeds" in text
-    assert "Not finished" not in text and "share every setting" in text
+    assert "not finished" not in text and "share every setting" in text
     assert "fedmomentum compare x.toml --methods 'a;b'" in text
     two = next(
         one for one in summarize_methods(read_comparison(root)) if one.method.startswith("two")
@@ -238,10 +239,35 @@ def test_one_seed_one_round_and_many_methods(tmp_path):
     assert "17 methods" in " ".join(page.text.split())
 
 
+def test_methods_with_one_mean_are_tied(tmp_path):
+    root = write_folder(tmp_path / "cmp", ["a", "b"], [0])
+    shutil.rmtree(root / "1")
+    shutil.copytree(root / "0", root / "1")
+    text = " ".join(check(write_comparison_page([root])).text.split())
+    assert text.count("2 methods, tied") == 3
+
+
+def test_a_mean_over_fewer_seeds_says_so_and_the_fewest_bytes_are_of_those_that_got_there(tmp_path):
+    root = write_folder(tmp_path / "cmp", ["a", "b"], [0, 1])
+    for seed, levels in ((0, [9, 50, 50, 50]), (1, [9, 9, 9, 9])):
+        file = root / "1" / f"seed-{seed}" / "all" / "metrics.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for one, level in zip(rows, levels, strict=True):
+            one["evaluation"]["compared"] = score(level, 50, 1.0)
+        if seed:
+            rows[-1]["evaluation"] = None
+        file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    text = " ".join(check(write_comparison_page([root])).text.split())
+    assert "(n = 1)" in text
+    # b reaches the target at once, but only with one seed of two.
+    assert re.search(r"Fewest bytes to 30[^a-z]*exact match a ", text)
+    assert "reached with 2 of 2 seeds" in text
+
+
 def test_runs_that_are_not_finished_are_named(tmp_path):
     root = write_folder(tmp_path / "cmp", ["one"], [0])
     plan = root / "0" / "seed-0" / "all" / "plan.json"
     write_record(plan, json.loads(plan.read_text()) | {"num_rounds": 9})
-    assert "Not finished yet: one, seed 0" in " ".join(
+    assert "one, seed 0: not finished, 3 of 9 rounds" in " ".join(
         check(write_comparison_page([root])).text.split()
     )

@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from fedmomentum.errors import DataError, ModelError
+from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.results.comparison import Comparison, compare_runs, read_comparison
 from fedmomentum.results.method_run import make_method_run
 from fedmomentum.results.method_summary import csv_rows, summarize_methods, summary_tables
 from fedmomentum.results.run_results import RunResults
-from tests.report.folders import row, score, write_run
+from tests.report.folders import row, score, write_record, write_run
 
 CLIENTS = ["client-0", "client-1"]
 
@@ -194,6 +194,36 @@ def test_runs_are_named_by_method_where_seeds_tell_them_apart(tmp_path):
     assert comparison.baseline == "fedmomentum"
     same = compare_runs([folders[0], write_method(tmp_path / "e", [0, 1], seed=1)], 0.5)
     assert [cell.method for cell in same.method_runs] == [str(tmp_path / "a"), str(tmp_path / "e")]
+
+
+def test_runs_of_one_method_with_other_settings_are_not_its_seeds(tmp_path):
+    folders = [
+        write_method(tmp_path / "a", [0, 1], method="fedit"),
+        write_method(tmp_path / "b", [0, 1], method="fedit", seed=1),
+    ]
+    for folder, rate in zip(folders, ("0.017", "1.7"), strict=True):
+        file = folder / "config.toml"
+        file.write_text(f"{file.read_text()}[training]\nlearning-rate = {rate}\n")
+    assert compare_runs(folders, 0.5).methods == [
+        "fedit:training.learning-rate=0.017",
+        "fedit:training.learning-rate=1.7",
+    ]
+
+
+def test_runs_whose_defaults_were_others_are_not_seeds_of_one_method(tmp_path):
+    folders = [write_method(tmp_path / "a", [0, 1]), write_method(tmp_path / "b", [0, 1], seed=1)]
+    plan = folders[1] / "plan.json"
+    write_record(plan, json.loads(plan.read_text()) | {"method": "FedMomentum(split='procrustes')"})
+    assert compare_runs(folders, 0.5).methods == [
+        "fedmomentum:as FedMomentum(split='balanced', energy=1.0)",
+        "fedmomentum:as FedMomentum(split='procrustes')",
+    ]
+
+
+def test_a_run_counts_once(tmp_path):
+    folder = write_method(tmp_path / "a", [0, 1])
+    with pytest.raises(ConfigError, match=r"a is given 2 times; a run counts once"):
+        compare_runs([folder, tmp_path / "x" / ".." / "a"], 0.5)
 
 
 def test_a_folder_without_a_comparison_or_a_damaged_one_is_named(tmp_path):

@@ -75,7 +75,7 @@ def test_rounds_for_which_a_client_was_not_drawn_do_not_count():
     drawn[2]["participants"] = drawn[2]["accepted"] = ["south", "west"]
     (north,) = find_absences(records(drawn), {})
     assert (north.num_sampled, north.num_missing, north.data_fraction) == (1, 1, None)
-    assert north.headline.startswith("north was left out of 1 of 1 round, 1 times for the size")
+    assert north.headline.startswith("north was left out of 1 of 1 round, once for the size")
 
 
 def test_terminal_and_page_report_absences(tmp_path):

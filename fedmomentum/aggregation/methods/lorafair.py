@@ -156,12 +156,12 @@ def cosine_minimizer(G: Tensor, mean: LowRank, delta_norm: float, strength: floa
     C, _ = stationary(math.exp(high))
 
     # Compare its objective with the limit for t L as t goes to zero.
-    def one_minus_cosine(C: Tensor) -> Tensor:
-        return 1 - (G * C).sum() / (delta_norm * (m * C * C).sum().sqrt())
+    def one_minus_cosine(C: Tensor) -> float:
+        return 1 - float((G * C).sum() / (m * C * C).sum().sqrt()) / delta_norm
 
     L = torch.where(m > m[-1] * torch.finfo(m.dtype).eps, G / m, torch.zeros_like(G))
-    limit = one_minus_cosine(L) + strength * B.norm()
-    if one_minus_cosine(C) + strength * (C - B).norm() > limit:
+    limit = one_minus_cosine(L) + strength * float(B.norm())
+    if one_minus_cosine(C) + strength * float((C - B).norm()) > limit:
         C = L
     minimizer: Tensor = C @ Q.mT
     return minimizer

@@ -1,0 +1,54 @@
+"""What is missing from a comparison's runs: rounds, clients' updates, and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedmomentum.results.comparison import Comparison
+from fedmomentum.results.method_run import MethodRun
+from fedmomentum.results.participation import find_absences
+
+EVALUATION = "evaluation: "
+"""How the reason of a missing evaluation begins, in `RoundRecord.failures`."""
+
+
+def find_gaps(comparison: Comparison) -> list[str]:
+    """Return one line for each thing that makes a comparison less than it seems.
+
+    These are unfinished runs, clients whose updates or last evaluations are missing, last rounds
+    without a score, and scores over other examples than the baseline's.
+    """
+    baseline_runs = {run.seed: run for run in comparison.runs_of(comparison.baseline)}
+    gaps = []
+    for run in comparison.method_runs:
+        title = f"{run.method}, seed {run.seed}"
+        for gap in [*_gaps_of_run(run), *_gaps_to_baseline(run, baseline_runs.get(run.seed))]:
+            gaps.append(f"{title}: {gap}")
+    return gaps
+
+
+def _gaps_of_run(run: MethodRun) -> Iterator[str]:
+    for results in run.runs:
+        last = results.rounds[-1]
+        num_rounds = results.plan.num_rounds
+        if not results.is_finished:
+            yield f"not finished, {last.round} of {num_rounds} rounds; its scores are not the last"
+        for absence in find_absences(results.rounds, results.partition):
+            yield absence.headline
+        for client, reason in last.failures.items():
+            if EVALUATION in reason:
+                yield f"{client} gave no evaluation after round {last.round}"
+    is_finished = all(results.is_finished for results in run.runs)
+    was_scored = any(point.loss is not None for point in run.points)
+    if is_finished and was_scored and run.num_examples is None:
+        yield "no score after the last round, so it is left out of the means"
+
+
+def _gaps_to_baseline(run: MethodRun, baseline: MethodRun | None) -> Iterator[str]:
+    if baseline is None or None in (run.num_examples, baseline.num_examples):
+        return
+    if run.num_examples != baseline.num_examples:
+        yield (
+            f"scored on {run.num_examples} examples, and {baseline.method} on "
+            f"{baseline.num_examples}; the difference is left out"
+        )
