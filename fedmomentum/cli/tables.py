@@ -8,7 +8,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
@@ -26,6 +25,7 @@ from fedmomentum.results.formatting import (
     points,
     with_interval,
 )
+from fedmomentum.results.summary import total_seconds
 from fedmomentum.utils.process import describe_waiting
 from fedmomentum.utils.text import printable
 
@@ -196,7 +196,6 @@ def round_cells(record: RoundRecord) -> list[str]:
             exact_match += f", margin {number(score.mean_margin)}"
     error = record.exactness_error
     energy = record.retained_energy
-    phases = msgspec.structs.astuple(record.seconds)
     return [
         f"{record.round} *" if record.is_best else f"{record.round}",
         number(record.train_loss) if record.train_loss is not None else "",
@@ -206,7 +205,7 @@ def round_cells(record: RoundRecord) -> list[str]:
         f"{error:.0e}" if error is not None else "",
         human_bytes(sum(record.uplink_bytes.values())),
         human_bytes(sum(record.downlink_bytes.values())),
-        f"{sum(seconds or 0.0 for seconds in phases):.0f}",
+        f"{total_seconds(record):.0f}",
     ]
 
 

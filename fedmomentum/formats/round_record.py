@@ -170,16 +170,19 @@ class PhaseSeconds(_Table, frozen=True, kw_only=True):
     aggregate: Annotated[Amount | None, doc("the method over all modules", "s")] = None
     merge: Annotated[
         Amount | None,
-        doc(
-            "making the next global model, consolidating it where that is due, and the clients' "
-            "loading of it with the snapshots that they make, summed over the clients. The "
-            "clients' part lies inside `train` and `evaluate` as well, so the five do not add up "
-            "to the round",
-            "s",
-        ),
+        doc("making the next global model, and consolidating it where that is due", "s"),
     ] = None
     evaluate: Annotated[
         Amount | None, doc("from sending the evaluation tasks to the last reply", "s")
+    ] = None
+    loading: Annotated[
+        Amount | None,
+        doc(
+            "the clients' loading of the global model with the snapshots that they make, as they "
+            "report it, summed over the clients. It lies inside `train` and `evaluate`; the other "
+            "five add up to the round",
+            "s",
+        ),
     ] = None
 
 

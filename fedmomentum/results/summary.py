@@ -85,10 +85,10 @@ def total_seconds(record: RoundRecord) -> float:
 
 
 def seconds_by_phase(record: RoundRecord) -> dict[str, float]:
-    """Return the seconds of each phase that was measured."""
+    """Return the seconds of each phase that was measured; they add up to the round."""
     seconds = {}
     for phase, value in msgspec.structs.asdict(record.seconds).items():
-        if value is not None:
+        if value is not None and phase != "loading":  # inside other phases
             seconds[phase] = value
     return seconds
 

@@ -347,7 +347,8 @@ def collect(
 
     # Tasks are encoded while the transport sends; count that time as encoding, not waiting.
     encoded_meanwhile = payloads.seconds - encoded_before
-    collected.wait_seconds += time.perf_counter() - waiting_since - encoded_meanwhile
+    waited = collected.wait_seconds + time.perf_counter() - waiting_since - encoded_meanwhile
+    collected.wait_seconds = max(0.0, waited)
     collected.encode_seconds += payloads.seconds
     for client in silent_clients:
         collected.failures[client] = "missing: no answer in time"

@@ -32,8 +32,3 @@ class Replies:
         """How long the clients took to load the model, summed over those that report it."""
         replies = [reply.tensors for reply in self.replies.values()]
         return sum(float(tensors[SECONDS][0]) for tensors in replies if SECONDS in tensors)
-
-    @property
-    def working_seconds(self) -> float:
-        """The time spent waiting, excluding the clients' loading."""
-        return max(0.0, self.wait_seconds - self.loading_seconds)

@@ -45,11 +45,12 @@ class PhaseTimer:
     def total(self, training: Replies, evaluation: Replies) -> PhaseSeconds:
         """Return the times of a round: the server's phases and the two exchanges."""
         return PhaseSeconds(
-            train=training.working_seconds,
+            train=training.wait_seconds,
             encode=training.encode_seconds + evaluation.encode_seconds,
             aggregate=self["aggregate"],
-            merge=self["merge"] + training.loading_seconds + evaluation.loading_seconds,
-            evaluate=evaluation.working_seconds,
+            merge=self["merge"],
+            evaluate=evaluation.wait_seconds,
+            loading=training.loading_seconds + evaluation.loading_seconds,
         )
 
 

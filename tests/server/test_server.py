@@ -75,6 +75,7 @@ def test_rows_hold_the_documented_keys_and_the_law_holds_on_loaded_weights(train
         "aggregate",
         "merge",
         "evaluate",
+        "loading",
     }
 
 
