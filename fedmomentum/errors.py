@@ -59,11 +59,21 @@ class LostRoundError(QuorumError):
     Args:
         text: What happened.
         failures: Client -> why it did not open its part.
+        uplink_bytes: Client -> bytes that it sent in the round.
+        downlink_bytes: Client -> bytes that it was sent.
     """
 
-    def __init__(self, text: str, failures: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        text: str,
+        failures: Mapping[str, str],
+        uplink_bytes: Mapping[str, int] | None = None,
+        downlink_bytes: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__(text)
         self.failures = dict(failures)
+        self.uplink_bytes = dict(uplink_bytes or {})
+        self.downlink_bytes = dict(downlink_bytes or {})
 
 
 class SecureSumError(FedMomentumError):

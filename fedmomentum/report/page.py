@@ -31,6 +31,8 @@ from fedmomentum.results.summary import (
 
 # Names and values, for a table with two columns.
 Facts = list[tuple[str, str]]
+# The most clients with missing updates to list at once; the others unfold.
+MAX_ABSENCES = 12
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Participant:
     first_loss: float | None
     last_loss: float | None
     reason: str | None
+    is_accepted: bool
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,8 @@ class RoundRow:
 
     record: RoundRecord
     participants: list[Participant]
+    failures: list[Participant]
     seconds: float
-
-    @property
-    def failures(self) -> list[Participant]:
-        """The participants whose update or evaluation is missing."""
-        return [one for one in self.participants if one.reason is not None]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -99,6 +98,7 @@ def _content(run: RunResults) -> dict[str, Any]:
     num_done = rounds[-1].round
     is_finished = num_done >= run.plan.num_rounds
     summary = summarize_run(rounds)
+    absences = find_absences(rounds, run.partition)
     withheld = rounds[-1].withheld
     return {
         "run": run,
@@ -121,8 +121,9 @@ def _content(run: RunResults) -> dict[str, Any]:
         "uplink": sum(sum(record.uplink_bytes.values()) for record in rounds),
         "downlink": sum(sum(record.downlink_bytes.values()) for record in rounds),
         "elapsed": sum(total_seconds(record) for record in rounds),
-        "rounds": [_round_row(record) for record in rounds if record.round > 0],
-        "absences": find_absences(rounds, run.partition),
+        "rounds": [_round_row(record) for record in rounds if record.round > 0 or record.failures],
+        "absences": absences[:MAX_ABSENCES],
+        "more_absences": absences[MAX_ABSENCES:],
         "num_failures": sum(len(record.failures) for record in rounds),
         "plan": _plan_facts(run),
         "environment": _environment_facts(run.environment),
@@ -189,8 +190,8 @@ def _best_round(rounds: Sequence[RoundRecord]) -> int | None:
 
 
 def _round_row(record: RoundRecord) -> RoundRow:
-    # Clients that were sampled, plus those whose evaluation failed.
-    participants = []
+    # Clients that were sampled, and those whose evaluation failed.
+    rows = []
     names = {*record.participants, *record.failures}
     for name in sorted(names, key=natural_order):
         training = record.clients.get(name)
@@ -202,9 +203,12 @@ def _round_row(record: RoundRecord) -> RoundRow:
             first_loss=training.first_loss if training else None,
             last_loss=training.last_loss if training else None,
             reason=None if failure is None else shorten(failure, REASON_LENGTH),
+            is_accepted=name in record.accepted,
         )
-        participants.append(participant)
-    return RoundRow(record, participants, total_seconds(record))
+        rows.append(participant)
+    participants = [one for one in rows if one.name in record.participants]
+    failures = [one for one in rows if one.reason is not None]
+    return RoundRow(record, participants, failures, total_seconds(record))
 
 
 def _plan_facts(run: RunResults) -> Facts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,9 +18,13 @@ from fedmomentum.server.round_metrics import (
 )
 
 if TYPE_CHECKING:
+    from fedmomentum.errors import LostRoundError
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.server.round_parts import Combined, TrainedRound
     from fedmomentum.server.scoring import RoundEvaluation
+
+LOST_SUMS = "the sums of its round were lost, because too few clients were left to open them"
+"""Why the update of a client that did its part is missing."""
 
 
 def round_record(
@@ -100,19 +103,20 @@ def base_record(model: GlobalModel, evaluated: RoundEvaluation) -> RoundRecord:
     )
 
 
-def unchanged_record(
-    model: GlobalModel, clients: list[str], failures: Mapping[str, str]
-) -> RoundRecord:
+def unchanged_record(model: GlobalModel, clients: list[str], error: LostRoundError) -> RoundRecord:
     """Return the row of a round that changes nothing, because its sums are lost.
 
     Args:
         model: The model, as it was before.
         clients: The clients that were asked to train.
-        failures: Client to why it did not open the sums.
+        error: Says which clients did not open the sums, and what was sent.
     """
+    failures = dict.fromkeys(clients, LOST_SUMS) | error.failures
     return RoundRecord(
         round=model.server_round,
         participants=clients,
         failures=dict(sorted(failures.items())),
         version=model.version,
+        uplink_bytes=dict(sorted(error.uplink_bytes.items())),
+        downlink_bytes=dict(sorted(error.downlink_bytes.items())),
     )

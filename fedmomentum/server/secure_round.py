@@ -130,7 +130,9 @@ class SecureRounds:
             except QuorumError as error:
                 assert self._kept is not None
                 if self._kept.is_opened(server_round):
-                    raise LostRoundError(str(error), replies.failures) from error
+                    raise LostRoundError(
+                        str(error), replies.failures, replies.uplink_bytes, replies.downlink_bytes
+                    ) from error
                 LOG.warning("round %d starts over: %s", server_round, error)
                 attempt = trained.attempt + 1
             else:

@@ -161,7 +161,7 @@ class Server:
         before = self.model
         self.model = before.unchanged()
         self.state = self.state.stepped(before, self.model)
-        return self._commit(unchanged_record(self.model, clients, error.failures))
+        return self._commit(unchanged_record(self.model, clients, error))
 
     def evaluate_base_model(self) -> RoundRecord:
         """Run round 0: evaluate the base model without training."""

@@ -17,6 +17,7 @@ import pytest
 
 import fedmomentum.report
 from fedmomentum.errors import DataError, ModelError
+from fedmomentum.formats.scores import Score
 from fedmomentum.formats.withheld import PHRASES, SUMS_ONLY
 from fedmomentum.report import write_report
 from fedmomentum.results.run_results import RunResults
@@ -283,6 +284,39 @@ def test_thirty_clients_seventy_seven_categories_and_failures(tmp_path):
         assert f"reason {server_round}" in one.text
     assert "7 failed replies" in one.text
     assert len(one.data["intervals-category"]) == 2 * 78
+
+
+def test_an_update_without_its_evaluation_is_in_the_model(tmp_path):
+    """As is said of a client that was not sampled and did not evaluate either."""
+    rows = [row(r, CLIENTS, TASKS) for r in range(2)]
+    for one, client in zip(rows, ("no reply to round 0", "late"), strict=True):
+        one["failures"] = {CLIENTS[0]: f"evaluation: {client}", "absent": "evaluation: away"}
+    one = page(tmp_path, rows)
+    check(one)
+    text = " ".join(one.text.split())
+    num = len(CLIENTS)
+    assert f"{num} of {num} {num} clients" in text and "left out of" not in text
+    assert "; not evaluated" in text and "failed absent" not in text
+    assert "evaluation: late" in text and "evaluation: away" in text
+    assert "evaluation: no reply to round 0" in text  # round 0 has a row for its failures
+
+
+def test_many_absences_do_not_push_the_scores_away(tmp_path):
+    clients = [f"c{k}" for k in range(50)]
+    reasons = {client: "no answer " + 100 * "x" for client in clients[:40]}
+    one = page(tmp_path, [row(r, clients, TASKS[:1], failures=reasons) for r in range(2)], clients)
+    check(one)
+    head, _, rest = one.html.partition("28 more</summary>")
+    assert head.count("was left out of") == 12 and rest.count("was left out of") == 28
+
+
+def test_pairs_whose_base_alone_was_evaluated_have_their_unit(tmp_path):
+    rows = [row(0, CLIENTS, TASKS)]
+    pairs = Score(60.0, 90, 90, 40, margin=12.0).to_json()
+    rows[0]["evaluation"]["total"] = pairs
+    one = page(tmp_path, rows, num_rounds=5)
+    check(one)
+    assert "nats per pair" in one.text and "token of the answers" not in one.text
 
 
 def test_more_clients_than_can_be_drawn(tmp_path):

@@ -239,6 +239,11 @@ def test_a_round_that_was_opened_and_cannot_be_finished_changes_nothing(tmp_path
         model = federation.run(out, resume=True)
         _, first, second = rows(out)
         assert len(first.accepted) == accepted
+        if not accepted:
+            # Those that did their part are told apart, and what was sent counts.
+            assert first.failures.keys() == set(federation.names)
+            assert "were lost" in first.failures["site0"]
+            assert set(first.uplink_bytes) == set(first.downlink_bytes) == set(federation.names)
         assert second.accepted == federation.names
         # What was trained in a lost round is in neither the model nor the feedback.
         _, state = resumed(out)
