@@ -17,6 +17,8 @@ Curve = list[tuple[int, float]]
 NUM_CLIENT_COLORS = len(SERIES)
 # If there are more clients than this, they are drawn as a band.
 MAX_CLIENT_CURVES = 60
+# How far an axis of percentages goes beyond 0 and 100 %, in points.
+PERCENT_MARGIN = 2.0
 # The most characters of a name on an axis; a legend allows twice as many.
 LABEL_LENGTH = 20
 # With more names than this, the plot has its scale at both ends.
@@ -51,6 +53,10 @@ def _draw_client_band(axes: Axes, clients: dict[str, Curve]) -> None:
     percentiles = [np.percentile(by_round[server_round], [10, 90]) for server_round in rounds]
     low, high = np.transpose(percentiles)
     axes.fill_between(rounds, low, high, color=SOFT, alpha=0.45, linewidth=0)
+    if len(rounds) == 1:
+        # An area over a single round has no width.
+        ends = [low[0], high[0]]
+        axes.plot(2 * rounds, ends, color=SOFT, alpha=0.45, linewidth=9, solid_capstyle="butt")
 
 
 def _draw_client_lines(axes: Axes, clients: dict[str, Curve]) -> None:
@@ -108,6 +114,19 @@ def name_axes(axes: Axes, names: Sequence[str], kind: str, label: str) -> None:
 def _shorten_lines(name: str) -> str:
     lines = name.splitlines() or [""]
     return "\n".join(shorten(line, LABEL_LENGTH) for line in lines)
+
+
+def limit_percent(axes: Axes) -> None:
+    """Leave little room beyond 0 and 100 % if all values lie between; call after `round_axes`."""
+    low, high = axes.dataLim.y0, axes.dataLim.y1
+    bottom, top = axes.get_ylim()
+    if low >= 0:
+        bottom = max(bottom, -PERCENT_MARGIN)
+    if high <= 100:
+        top = min(top, 100 + PERCENT_MARGIN)
+    if low == high == 0:
+        top = 1.0  # not thousandths of a percent around zero
+    axes.set_ylim(bottom, top)
 
 
 def round_axes(axes: Axes, label: str, *, from_zero: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from fedmomentum.formats.round_record import RoundRecord
-from fedmomentum.report.figures.curves import Curve, finite, round_axes
+from fedmomentum.report.figures.curves import Curve, finite, limit_percent, round_axes
 from fedmomentum.report.figures.svg import SERIES, Key, Plot, make_plot
 from fedmomentum.results.formatting import shorten
 
@@ -82,9 +82,7 @@ def metric_plot(
         )
         round_axes(axes, texts.axis_label)
         if as_percent:
-            # A fraction cannot exceed 100 %, so neither should its axis.
-            bottom, top = axes.get_ylim()
-            axes.set_ylim(bottom, min(top, 100 + 0.05 * (100 - bottom)))
+            limit_percent(axes)
         else:
             axes.set_ylim(bottom=0)
 

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from fedmomentum.report.figures.curves import color_cycle, method_color, round_axes
+from fedmomentum.report.figures.curves import color_cycle, limit_percent, method_color, round_axes
 from fedmomentum.report.figures.lines import present
 from fedmomentum.report.figures.svg import Key, Plot, make_plot
 from fedmomentum.results.comparison import Comparison
@@ -144,9 +144,7 @@ def _curve_plot(comparison: Comparison, figure: CurveFigure) -> Plot | None:
         if figure.against_bytes:
             _byte_axis(axes, unit)
         if figure.as_percent:
-            # Leave little room beyond 0 and 100 %.
-            bottom, top = axes.get_ylim()
-            axes.set_ylim(max(bottom, -2.0), min(top, 102.0))
+            limit_percent(axes)
 
     # The caption explains the band, the legend what is drawn.
     most_seeds = max(len(comparison.runs_of(method)) for method in bands)

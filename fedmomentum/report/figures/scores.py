@@ -11,10 +11,12 @@ from matplotlib.axes import Axes
 from fedmomentum.formats.round_record import RoundRecord
 from fedmomentum.formats.scores import NO_EXAMPLES, Score
 from fedmomentum.report.figures.curves import (
+    MAX_CLIENT_CURVES,
     Curve,
     curves_legend,
     draw_curves,
     finite,
+    limit_percent,
     name_axes,
     round_axes,
 )
@@ -111,8 +113,7 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
             axes.plot(ends, band[0], color=INK, alpha=0.3, linewidth=5, solid_capstyle="butt")
         draw_curves(axes, curve, clients)
         round_axes(axes, f"{measure} (%)")
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(max(-2.0, bottom), min(102.0, top))
+        limit_percent(axes)
 
     data: list[Sequence[Any]] = [
         ("round", "client", "items", "exact", "exact_match", "low", "high")
@@ -121,11 +122,12 @@ def exact_match_plot(rounds: Rounds) -> Plot | None:
         for client, score in _all_scores(record).items():
             data.append((record.round, client, *_exact_match_cells(score)))
     note = _uneven_note(score for _, score in totals)
+    shade = "shaded" if len(clients) <= MAX_CLIENT_CURVES else "shaded dark"
     return make_plot(
         "exact-match",
         f"{measure.capitalize()} by round",
         draw,
-        caption=f"{_fraction(totals[0][1])}; shaded, the 95 % interval over all examples.{note}",
+        caption=f"{_fraction(totals[0][1])}; {shade}, the 95 % interval over all examples.{note}",
         data=data,
         legend=curves_legend("all examples", clients),
     )
