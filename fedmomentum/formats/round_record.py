@@ -82,7 +82,10 @@ class EvaluationRecord(_Table, frozen=True, kw_only=True):
     total: Annotated[Score, doc("over all clients that answered")]
     compared: Annotated[
         Score | None,
-        doc("the same over the examples that every evaluation has; it decides which round is best"),
+        doc(
+            "the same over the examples that each of these clients has in every evaluation; it "
+            "decides which round is best"
+        ),
     ] = None
     by_client: Annotated[dict[str, Score], doc("per client", "name to object")] = {}
     by_category: Annotated[

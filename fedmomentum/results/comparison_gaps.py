@@ -16,7 +16,8 @@ def find_gaps(comparison: Comparison) -> list[str]:
     """Return one line for each thing that makes a comparison less than it seems.
 
     These are unfinished runs, clients whose updates or last evaluations are missing, last rounds
-    without a score, and scores over other examples than the baseline's.
+    without a score, scores over other examples than the baseline's, and rounds that were scored by
+    different clients.
     """
     baseline_runs = {run.seed: run for run in comparison.runs_of(comparison.baseline)}
     gaps = []
@@ -24,7 +25,25 @@ def find_gaps(comparison: Comparison) -> list[str]:
         title = f"{run.method}, seed {run.seed}"
         for gap in [*_gaps_of_run(run), *_gaps_to_baseline(run, baseline_runs.get(run.seed))]:
             gaps.append(f"{title}: {gap}")
+    uneven = [run.method for run in comparison.method_runs if _is_uneven(run)]
+    if uneven:
+        gaps.append(
+            f"{', '.join(dict.fromkeys(uneven))}: not all rounds were scored by the same clients, "
+            "so the best round and the way to the target are over different examples"
+        )
     return gaps
+
+
+def _is_uneven(run: MethodRun) -> bool:
+    """Return whether a run's rounds were scored by different clients, as far as is known."""
+    for results in run.runs:
+        clients = set()
+        for record in results.rounds:
+            if record.evaluation is not None and record.evaluation.by_client:
+                clients.add(frozenset(record.evaluation.by_client))
+        if len(clients) > 1:
+            return True
+    return False
 
 
 def _gaps_of_run(run: MethodRun) -> Iterator[str]:

@@ -74,6 +74,18 @@ def test_the_score_of_an_earlier_round_is_not_the_last(tmp_path):
     assert find_gaps(comparison) == [gap]
 
 
+def test_rounds_that_were_scored_by_different_clients_are_not_alike(tmp_path):
+    """As where the clients of a round are drawn."""
+    comparison = compared(tmp_path)
+    file = tmp_path / "two" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    del rows[1]["evaluation"]["by_client"]["south"]
+    file.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    comparison = compare_runs([tmp_path / "one", tmp_path / "two"], 0.5)
+    (gap,) = find_gaps(comparison)
+    assert gap.startswith("flora: not all rounds were scored by the same clients")
+
+
 def test_of_an_unfinished_run_the_last_score_is_shown_and_said_to_be_one(tmp_path):
     comparison = compared(tmp_path)
     plan = tmp_path / "two" / "plan.json"
