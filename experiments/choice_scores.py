@@ -64,6 +64,18 @@ def count_correct(run: Path, rows: Sequence[Row], *, max_length: int, batch_size
     return counts
 
 
+def read_counts(file: Path) -> dict[tuple[str, int], Counts]:
+    """Return what `write_counts` wrote, by method and seed; nothing if there is no file."""
+    found: dict[tuple[str, int], Counts] = {}
+    if not file.is_file():
+        return found
+    with file.open(newline="") as opened:
+        for row in csv.DictReader(opened):
+            counts = found.setdefault((row["method"], int(row["seed"])), {})
+            counts[row["category"]] = (int(row["correct"]), int(row["questions"]))
+    return found
+
+
 def write_counts(file: Path, counts: Mapping[tuple[str, int], Counts]) -> None:
     """Write a line for each method, seed and category."""
     with file.open("w", newline="") as opened:

@@ -261,10 +261,12 @@ def run_setting(
 
 
 def score_choices(comparison: Comparison, config: Config, out: Path, folder: Path) -> None:
-    """Answer the held-out questions by likelihood, with every run's model."""
+    """Answer the held-out questions by likelihood, with every run's model; continue if stopped."""
     rows = task_files.read_rows(out / "test.jsonl")
-    counts = {}
+    counts = choice_scores.read_counts(folder / CHOICES)
     for one in comparison.method_runs:
+        if (one.method, one.seed) in counts:
+            continue
         (variant,) = parse_methods(one.method, config)
         counts[one.method, one.seed] = choice_scores.count_correct(
             folder / variant.directory / f"seed-{one.seed}",
@@ -274,7 +276,7 @@ def score_choices(comparison: Comparison, config: Config, out: Path, folder: Pat
         )
         correct = sum(count for count, _ in counts[one.method, one.seed].values())
         print(f"{one.method}, seed {one.seed}: {correct} of {len(rows)} choices", flush=True)
-    choice_scores.write_counts(folder / CHOICES, counts)
+        choice_scores.write_counts(folder / CHOICES, counts)
 
 
 def settings(tasks: str, name: str, out: Path, dtype: str) -> Config:

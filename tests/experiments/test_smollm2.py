@@ -202,6 +202,7 @@ def test_the_base_model_has_the_dtype_that_is_asked_for(small, tmp_path, monkeyp
 
 def test_multiple_choice_is_scored_by_the_likelihood_of_the_choices(small, tmp_path):
     """As stock transformers scores it, one question after the other."""
+    choice_scores = importlib.import_module("choice_scores")
     data = tmp_path / "data"
     for name in ("boolq", "arc_easy"):
         ends = "true/false" if name == "boolq" else "answer1/answer2/answer3"
@@ -224,6 +225,12 @@ def test_multiple_choice_is_scored_by_the_likelihood_of_the_choices(small, tmp_p
     table = list(csv.DictReader((results / "choices.csv").open()))
     assert [row["category"] for row in table] == ["arc_easy", "boolq"] * 2
     assert all(row["questions"] == "12" for row in table)
+
+    # What was counted is not counted again.
+    first = choice_scores.read_counts(out / "few" / "choices.csv")
+    choice_scores.write_counts(out / "few" / "choices.csv", dict(list(first.items())[:1]))
+    assert small.main([*words, "--seeds", "1"]) == 0
+    assert choice_scores.read_counts(out / "few" / "choices.csv") == first
 
     # The same by hand.
     (run,) = (out / "few").glob("fedit*/seed-0")
