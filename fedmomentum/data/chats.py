@@ -25,6 +25,8 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 """ShareGPT speaker -> the role that chat templates use."""
+MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+"""The keys by which messages written as JSON text are recognized."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,28 @@ def parse_chat(value: Any, column: str, *, may_be_text: bool = False) -> Chat:
         messages.append(message)
         weights.append(weight)
     return Chat(messages, weights)
+
+
+def unpack_messages(value: Any) -> Any:
+    """Return the messages that a text holds as JSON; anything else is returned unchanged.
+
+    A text is taken for messages only if it is a JSON list of nothing but messages: an answer may
+    itself be a list.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    are_messages = bool(found) and all(map(_looks_like_message, found))
+    return found if are_messages else value
+
+
+def _looks_like_message(item: Any) -> bool:
+    """Return whether a value has the keys of a message."""
+    keys = item.keys() if isinstance(item, dict) else set()
+    return any(keys >= needed for needed in MESSAGE_KEYS)
 
 
 def _parse_json(text: str, column: str) -> Any:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedmomentum.data.chats import Chat, parse_chat, shown
+from fedmomentum.data.chats import Chat, parse_chat, shown, unpack_messages
 from fedmomentum.data.examples import Message, Prompt
 from fedmomentum.errors import DataError
 
@@ -16,6 +16,9 @@ USER_COLUMNS = {
     "question+answer": ("question", None, ("answer",)),
 }
 """Single-question formats -> the columns of the question, its context, and the answer."""
+
+TEXTS_OR_CHATS = ("prompt", "completion", "chosen", "rejected")
+"""The columns that hold text or messages."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,19 @@ def parse_row(kind: str, cells: Cells) -> Answered:
         chat = _with_system(cells.chat(kind, may_be_text=True), cells)
         return _parse_turns(chat, cells.names[kind])
     if kind == "prompt+completion":
-        return _parse_completion(cells)
+        return _parse_completion(_unpacked(cells))
     if kind == "chosen+rejected":
-        return _parse_pair(cells)
+        return _parse_pair(_unpacked(cells))
     return _parse_question(kind, cells)
+
+
+def _unpacked(cells: Cells) -> Cells:
+    """Return cells with the messages that tables hold as JSON text as lists."""
+    values = {
+        column: unpack_messages(value) if column in TEXTS_OR_CHATS else value
+        for column, value in cells.values.items()
+    }
+    return replace(cells, values=values)
 
 
 def _parse_question(kind: str, cells: Cells) -> Answered:

@@ -1,5 +1,6 @@
 """Rows as people have them, in each format: what is the prompt, what is learned, what is refused."""
 
+import csv
 import json
 
 import pytest
@@ -135,6 +136,36 @@ def test_messages_written_as_json_are_read_as_messages(tmp_path):
     turns = chat(("user", "a"), ("assistant", "b"))["messages"]
     (example,) = examples(tmp_path, {"messages": json.dumps(turns)})
     assert (example.prompt, example.completion) == ((turns[0],), "b")
+
+
+ASKED = {"role": "user", "content": "a"}
+GOOD, BAD = ({"role": "assistant", "content": text} for text in "bc")
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion", "rejected"),
+    [
+        ({"prompt": [ASKED], "completion": [GOOD]}, (ASKED,), "b", None),
+        ({"prompt": [{"from": "human", "value": "a"}], "completion": "b"}, (ASKED,), "b", None),
+        ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, (ASKED,), "b", "c"),
+        ({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, (ASKED,), "b", "c"),
+        # lists that are no messages, as answers may be
+        ({"prompt": "List two.", "completion": [1, 2]}, "List two.", "[1, 2]", None),
+        (
+            {"prompt": "[a, b] is", "completion": [{"role": "x"}]},
+            "[a, b] is",
+            '[{"role": "x"}]',
+            None,
+        ),
+    ],
+)
+def test_a_table_may_hold_messages_as_json(row, prompt, completion, rejected, tmp_path):
+    file = tmp_path / "d.csv"
+    cells = [value if isinstance(value, str) else json.dumps(value) for value in row.values()]
+    with file.open("w", newline="") as stream:
+        csv.writer(stream).writerows([list(row), cells])
+    (example,) = to_examples(read_rows(file))
+    assert (example.prompt, example.completion, example.rejected) == (prompt, completion, rejected)
 
 
 def test_refusals_name_the_users_own_column_and_line(tmp_path):
