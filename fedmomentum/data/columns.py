@@ -12,11 +12,14 @@ from fedmomentum.utils.text import printable
 FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ("system",)),
     "conversations": (("conversations",), ("system",)),
-    "prompt+completion": (("prompt", "completion"), ()),
-    "chosen+rejected": (("chosen", "rejected"), ("prompt",)),
-    "instruction+output": (("instruction", "output"), ("input", "system", "history")),
-    "instruction+response": (("instruction", "response"), ("context", "system")),
-    "question+answer": (("question", "answer"), ("system",)),
+    "prompt+completion": (("prompt", "completion"), ("system",)),
+    "chosen+rejected": (("chosen", "rejected"), ("prompt", "system")),
+    "instruction+output": (("instruction", "output"), ("input", "context", "system", "history")),
+    "instruction+response": (
+        ("instruction", "response"),
+        ("context", "input", "system", "history"),
+    ),
+    "question+answer": (("question", "answer"), ("context", "system", "history")),
     "text": (("text",), ()),
 }
 """Format -> the columns that identify it, and the optional ones that it reads if present.
@@ -114,7 +117,7 @@ def _misfit(
     return (
         f"{prefix}the columns {join_names(columns)} {problem}. Known: messages; prompt, "
         "completion; chosen, rejected (and prompt); instruction, output (and input); instruction, "
-        "response (and context); question, answer; conversations; text alone"
+        "response (and context); question, answer (and context); conversations; text alone"
     )
 
 

@@ -9,20 +9,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fedmomentum.data.chats import shown
-from fedmomentum.data.columns import find_format
+from fedmomentum.data.columns import find_format, resolve_names
 from fedmomentum.data.examples import MAX_CATEGORIES, Example
 from fedmomentum.data.label_columns import column_texts, file_prefix, read_column
-from fedmomentum.data.row_formats import Cells, parse_row
+from fedmomentum.data.row_formats import EMPTY_TEXTS, Cells, parse_row
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.rows import read_rows as read_rows
 from fedmomentum.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-EMPTY_TEXTS = ("[]", "{}", "null", "None")
-"""How text tables represent an empty list."""
 
 
 def to_examples(
@@ -44,12 +40,13 @@ def to_examples(
       prompt, and the ``prompt`` column is optional.
     - ``instruction``, ``output`` and optionally ``input``: one user message with the instruction,
       followed by a blank line and the input unless it is empty. An ``answer`` column is used only
-      if there is no ``output``. The same for ``instruction``, ``response`` and optional
-      ``context``.
-    - ``question`` and ``answer``: one user message, and the assistant's answer.
+      if there is no ``output``, and a ``context`` is read like an ``input``. The same for
+      ``instruction``, ``response`` and optional ``context`` or ``input``.
+    - ``question``, ``answer`` and optionally ``context``: the same.
     - ``text``, if no other format fits: no prompt, and the entire text is learned.
 
-    A ``system`` column alongside messages, an instruction or a question is the system message.
+    A ``system`` column alongside messages, an instruction or a question is the system message;
+    alongside a prompt that is plain text it is refused.
 
     Args:
         rows: The rows, from `read_rows`.
@@ -68,6 +65,9 @@ def to_examples(
     rows = Rows.of(rows)
     form = find_format(rows.column_names, columns or {}, where)
     _refuse_tools(rows, where)
+    if form.kind == "prompt+completion":
+        names = resolve_names(rows.column_names, columns or {}, where)
+        _refuse_verdicts(rows, names.get("label"), where)
     categories = [""] * rows.num_rows
     if category_column:
         categories = column_texts(rows, category_column, where=where)
@@ -111,4 +111,19 @@ def _refuse_tools(rows: Rows, where: str) -> None:
                 f"{file_prefix(where)}{rows.place(number)}: column 'tools' holds {shown(value)}; "
                 "definitions of tools are not supported, and left out they would be missing from "
                 "the prompt. Write them into the system message, or remove the column"
+            )
+
+
+def _refuse_verdicts(rows: Rows, column: str | None, where: str) -> None:
+    """Reject completions that are labeled as good or bad, as in TRL's unpaired preferences."""
+    if column is None:
+        return
+    for number, value in enumerate(read_column(rows, column, where), start=1):
+        is_verdict = isinstance(value, bool) or str(value).strip().lower() in ("true", "false")
+        if is_verdict:
+            raise DataError(
+                f"{file_prefix(where)}{rows.place(number)}: column {column!r} is {shown(value)}; "
+                "completions that are labeled as good or bad are not supported, and the bad would "
+                "be learned like the good. Give pairs of chosen and rejected answers, or keep the "
+                'rows with good completions and leave the column out: [data.columns] label = ""'
             )

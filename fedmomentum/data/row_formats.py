@@ -11,12 +11,15 @@ from fedmomentum.data.examples import Message, Prompt
 from fedmomentum.errors import DataError
 
 USER_COLUMNS = {
-    "instruction+output": ("instruction", "input", ("output", "answer")),
-    "instruction+response": ("instruction", "context", ("response",)),
-    "question+answer": ("question", None, ("answer",)),
+    "instruction+output": ("instruction", ("output", "answer")),
+    "instruction+response": ("instruction", ("response",)),
+    "question+answer": ("question", ("answer",)),
 }
-"""Single-question formats -> the columns of the question, its context, and the answer."""
-
+"""Single-question formats -> the columns of the question and the answer."""
+CONTEXT_COLUMNS = ("input", "context")
+"""The columns whose text follows the question."""
+EMPTY_TEXTS = ("[]", "{}", "null", "None")
+"""How text tables represent an empty list."""
 TEXTS_OR_CHATS = ("prompt", "completion", "chosen", "rejected")
 """The columns that hold text or messages."""
 
@@ -46,7 +49,9 @@ class Cells:
         value = self.values[column]
         name = self.names[column]
         if not isinstance(value, str):
-            raise DataError(f"column {name!r} is {shown(value)}; it must be text")
+            # A column that may be empty may be left out too.
+            remedy = f', or be left out: [data.columns] {column} = ""' if may_be_empty else ""
+            raise DataError(f"column {name!r} is {shown(value)}; it must be text{remedy}")
         if not value.strip() and not may_be_empty:
             raise DataError(f"column {name!r} is empty; fill it in or drop the row")
         return value
@@ -103,31 +108,42 @@ def _unpacked(cells: Cells) -> Cells:
 
 def _parse_question(kind: str, cells: Cells) -> Answered:
     """Return a user message and its answer."""
-    if cells.get("history"):
+    history = cells.get("history")
+    if history and history not in EMPTY_TEXTS:
         raise DataError(
-            f"column {cells.names['history']!r} holds {shown(cells.get('history'))}; earlier turns "
-            "are read from messages only, and left out they would be missing from the prompt: "
-            "write the row as messages, or remove the column"
+            f"column {cells.names['history']!r} holds {shown(history)}; earlier turns are read "
+            "from messages only, and left out they would be missing from the prompt: write the row "
+            'as messages, or leave the column out: [data.columns] history = ""'
         )
     # The question, followed by its context.
-    question_column, context_column, answer_columns = USER_COLUMNS[kind]
-    question = cells.text(question_column)
-    context = ""
-    if context_column is not None and cells.get(context_column) is not None:
-        context = cells.text(context_column, may_be_empty=True)
-    if context.strip():
-        question = f"{question}\n\n{context}"
+    question_column, answer_columns = USER_COLUMNS[kind]
+    question = "\n\n".join([cells.text(question_column), *_contexts(cells)])
     answer_column = next(column for column in answer_columns if column in cells.values)
     asked = _with_system(Chat([{"role": "user", "content": question}], [None]), cells)
     return Answered(tuple(asked.messages), cells.text(answer_column))
 
 
+def _contexts(cells: Cells) -> list[str]:
+    """Return the text that follows the question, if there is any."""
+    texts = {}
+    for column in CONTEXT_COLUMNS:
+        if cells.get(column) is not None:
+            text = cells.text(column, may_be_empty=True)
+            if text.strip():
+                texts[column] = text
+    if len(texts) > 1:
+        names = " and ".join(repr(cells.names[column]) for column in texts)
+        raise DataError(
+            f"the columns {names} both hold text, and one of them can follow the instruction; "
+            'join them in one column, or leave one out: [data.columns] context = ""'
+        )
+    return list(texts.values())
+
+
 def _with_system(chat: Chat, cells: Cells) -> Chat:
     """Return a chat that begins with the system message from the `system` column, if any."""
-    if cells.get("system") is None:
-        return chat
-    text = cells.text("system", may_be_empty=True)
-    if not text.strip():
+    text = _system_text(cells)
+    if text is None:
         return chat
     # The chat may already begin with the same message.
     first = chat.messages[0]
@@ -141,6 +157,14 @@ def _with_system(chat: Chat, cells: Cells) -> Chat:
         "message of the system; remove one of them, or leave the column out: [data.columns] system "
         '= ""'
     )
+
+
+def _system_text(cells: Cells) -> str | None:
+    """Return the text of the `system` column; None if there is none."""
+    if cells.get("system") is None:
+        return None
+    text = cells.text("system", may_be_empty=True)
+    return text if text.strip() else None
 
 
 # ── chats ─────────────────────────────────────────────────────────────────────────────────────────
@@ -169,12 +193,24 @@ def _parse_completion(cells: Cells) -> Answered:
     learned: tuple[int, ...] | None = None
     prompt: Prompt
     if isinstance(value, str):
-        prompt = value
+        prompt = _plain_prompt(value, cells)
     else:
-        chat = cells.chat("prompt")
+        chat = _with_system(cells.chat("prompt"), cells)
         prompt = _prompt_messages(chat.messages)
         learned = chat.learned_turns()
     return Answered(prompt, _parse_answer(cells, "completion"), learned_turns=learned)
+
+
+def _plain_prompt(text: str, cells: Cells) -> str:
+    """Return a prompt given as text, to which no system message can be added."""
+    system = _system_text(cells)
+    if system is not None:
+        raise DataError(
+            f"column {cells.names['system']!r} is {shown(system)}, and the prompt is plain text, "
+            "which has no system message: write the prompt as a list of messages, put the system "
+            'text into the prompt, or leave the column out: [data.columns] system = ""'
+        )
+    return text
 
 
 def _parse_answer(cells: Cells, column: str) -> str:
@@ -212,9 +248,12 @@ def _parse_pair(cells: Cells) -> Answered:
             "there is no prompt: name it in the column 'prompt', or give 'chosen' and 'rejected' "
             "as whole chats, lists of messages that differ in the last one"
         )
-    prompt: Prompt = value if isinstance(value, str) else ()
-    if not isinstance(value, str):
-        prompt = _prompt_messages(_unweighted(cells.chat("prompt"), cells.names["prompt"]))
+    prompt: Prompt
+    if isinstance(value, str):
+        prompt = _plain_prompt(value, cells)
+    else:
+        chat = _with_system(cells.chat("prompt"), cells)
+        prompt = _prompt_messages(_unweighted(chat, cells.names["prompt"]))
     return Answered(prompt, _parse_answer(cells, "chosen"), _parse_answer(cells, "rejected"))
 
 
@@ -242,8 +281,11 @@ def _parse_pair_of_chats(cells: Cells) -> Answered:
                 "and 'rejected' do not hold before their last message; remove the column, or "
                 "correct it"
             )
+    asked = context
+    if context:
+        asked = _with_system(Chat(context, [None] * len(context)), cells).messages
     return Answered(
-        _prompt_messages(context), _assistant_text(chosen[-1]), _assistant_text(rejected[-1])
+        _prompt_messages(asked), _assistant_text(chosen[-1]), _assistant_text(rejected[-1])
     )
 
 

@@ -68,6 +68,46 @@ def test_an_instruction_without_input_is_the_instruction_alone(tmp_path):
         assert example.prompt == ({"role": "user", "content": "Q"},)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Q", "input": "C", "response": "A"},
+        {"instruction": "Q", "context": "C", "output": "A"},
+        {"question": "Q", "context": "C", "answer": "A"},
+        {"instruction": "Q", "context": "C", "input": "", "response": "A", "history": "[]"},
+    ],
+)
+def test_a_context_follows_the_question(row, tmp_path):
+    (example,) = examples(tmp_path, row)
+    assert example.prompt == ({"role": "user", "content": "Q\n\nC"},)
+
+
+def test_columns_that_are_mapped_to_nothing_are_not_read(tmp_path):
+    row = {"question": "Q", "answer": "A", "context": "C", "history": [["a", "b"]], "system": "S"}
+    (example,) = examples(tmp_path, row, context="", history="", system="")
+    assert example.prompt == ({"role": "user", "content": "Q"},)
+    row = {"prompt": "Q", "completion": "A", "label": True}
+    (example,) = examples(tmp_path, row, label="")
+    assert example.prompt == "Q"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": "Q"}], "completion": "A"},
+        {"prompt": [{"role": "user", "content": "Q"}], "chosen": "A", "rejected": "B"},
+        {
+            "chosen": chat(("user", "Q"), ("assistant", "A"))["messages"],
+            "rejected": chat(("user", "Q"), ("assistant", "B"))["messages"],
+        },
+    ],
+)
+def test_a_system_column_starts_a_prompt_of_messages(row, tmp_path):
+    (example,) = examples(tmp_path, row | {"system": "Be brief."})
+    assert [message["content"] for message in example.prompt] == ["Be brief.", "Q"]
+    assert example.completion == "A"
+
+
 def test_a_system_column_starts_the_chat(tmp_path):
     system = {"role": "system", "content": "Be brief."}
     asked = {"role": "user", "content": "Q"}
@@ -112,6 +152,28 @@ def test_a_system_column_starts_the_chat(tmp_path):
             {"instruction": "a", "output": "b", "history": [["c", "d"]]},
             "column 'history' holds .*write the row as messages",
         ),
+        (
+            {"question": "a", "answer": "b", "history": "[['c', 'd']]"},
+            "column 'history' holds .*history = ",
+        ),
+        (
+            {"instruction": "a", "input": "c", "context": "d", "response": "b"},
+            "the columns 'input' and 'context' both hold text",
+        ),
+        (
+            {"question": "a", "answer": "b", "context": ["c"]},
+            "column 'context' is .*must be text, or be left out: .*context = ",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "system": "Rhyme."},
+            "column 'system' is 'Rhyme.', and the prompt is plain text.*system = ",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "system": "Rhyme."},
+            "column 'system' is 'Rhyme.', and the prompt is plain text",
+        ),
+        ({"prompt": "a", "completion": "b", "label": False}, "column 'label' is False; .*label = "),
+        ({"prompt": "a", "completion": "b", "label": "True"}, "column 'label' is 'True'"),
         ({"text": " "}, "column 'text' is empty"),
         ({"text": 3}, "column 'text' is 3; it must be text"),
         (
