@@ -3,6 +3,7 @@
 Messages are adapted to templates in two ways, identically in training, evaluation and generation:
 tool call arguments given as JSON text (OpenAI's format) become objects, as templates expect, and
 if a template does not support system messages, the system text is prepended to the first user turn.
+Tool calls and tool messages that a template would drop are refused.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
 SYSTEM_MARK = "fedmomentumsystem"
 """A system message for testing whether a template renders system messages."""
 
+CALL_MARK = "fedmomentumcall"
+RESULT_MARK = "fedmomentumresult"
+"""The name of a tool and what it returns, for testing whether a template renders them."""
+
 _log = logging.getLogger(__name__)
-# Tokenizer -> its template, and whether that renders system messages.
-_known: weakref.WeakKeyDictionary[Any, tuple[Any, bool]] = weakref.WeakKeyDictionary()
+# Tokenizer -> its template, and which kinds of messages that renders.
+_known: weakref.WeakKeyDictionary[Any, tuple[Any, dict[str, bool]]] = weakref.WeakKeyDictionary()
 
 
 def chat_text(
@@ -43,7 +48,8 @@ def chat_text(
             answer is appended.
 
     Raises:
-        DataError: If there is no template, or it rejects the messages.
+        DataError: If there is no template, or it rejects the messages or would drop a tool call or
+            the result of one.
     """
     if tokenizer.chat_template is None:
         raise DataError(
@@ -64,6 +70,7 @@ def chat_text(
             f"the chat template refuses messages with the roles {roles}: {error}"
         ) from error
     assert isinstance(text, str)  # tokenize=False
+    _refuse_unwritten_tools(messages, tokenizer)
     return text
 
 
@@ -113,21 +120,110 @@ def writes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     Some reject them (Gemma's), some drop them.
     """
+    known = _known_kinds(tokenizer)
+    if "system" not in known:
+        chat = [{"role": "system", "content": SYSTEM_MARK}, {"role": "user", "content": "?"}]
+        known["system"] = bool(_writes(chat, SYSTEM_MARK, tokenizer))
+        if not known["system"]:
+            _log.warning(
+                "the chat template has no turn of the system; such messages begin the user's first"
+            )
+    return known["system"]
+
+
+def writes_tool_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer's chat template renders the assistant's tool calls.
+
+    True as well for a template that rejects them, since it says so itself.
+    """
+    known = _known_kinds(tokenizer)
+    if "tool_calls" not in known:
+        asked, call, result = _tool_chat()
+        known["tool_calls"] = _writes_any(
+            [[asked, call, result], [asked, call]], CALL_MARK, tokenizer
+        )
+    return known["tool_calls"]
+
+
+def writes_tool_results(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer's chat template renders messages of the role `tool`.
+
+    True as well for a template that rejects them, since it says so itself.
+    """
+    known = _known_kinds(tokenizer)
+    if "tool" not in known:
+        asked, call, result = _tool_chat()
+        known["tool"] = _writes_any(
+            [[asked, call, result], [asked, result]], RESULT_MARK, tokenizer
+        )
+    return known["tool"]
+
+
+def _refuse_unwritten_tools(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Reject tool calls and tool messages that the template would leave out."""
+    for position, message in enumerate(messages, start=1):
+        if "tool_calls" in message and not writes_tool_calls(tokenizer):
+            what = "holds tool_calls, which"
+        elif message["role"] == "tool" and not writes_tool_results(tokenizer):
+            what = "is of the role tool, which"
+        else:
+            continue
+        raise DataError(
+            f"message {position} {what} this model's chat template does not write, so the model "
+            "would not see it: write it as the content of a user's or an assistant's message, drop "
+            "the row, or use a model whose template writes tool calls and their results"
+        )
+
+
+# ── trying a template ─────────────────────────────────────────────────────────────────────────────
+
+
+def _known_kinds(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """Return what is known so far of the template that a tokenizer now has."""
     template = tokenizer.chat_template
     known = _known.get(tokenizer)
-    if known is not None and known[0] == template:
-        return known[1]
-    chat = [{"role": "system", "content": SYSTEM_MARK}, {"role": "user", "content": "?"}]
+    if known is None or known[0] != template:
+        known = (template, {})
+        _known[tokenizer] = known
+    return known[1]
+
+
+def _tool_chat() -> list[dict[str, Any]]:
+    """Return a question, a tool call and its result."""
+    function = {"name": CALL_MARK, "arguments": {"value": "?"}}
+    # Some templates accept only ids of nine letters and digits.
+    call = {"id": "call00001", "type": "function", "function": function}
+    return [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": RESULT_MARK, "tool_call_id": "call00001"},
+    ]
+
+
+def _writes_any(
+    chats: Sequence[list[dict[str, Any]]], mark: str, tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Return whether the first chat that a template accepts is written with its mark.
+
+    True if it accepts none.
+    """
+    for chat in chats:
+        is_written = _writes(chat, mark, tokenizer)
+        if is_written is not None:
+            return is_written
+    return True
+
+
+def _writes(
+    chat: list[dict[str, Any]], mark: str, tokenizer: PreTrainedTokenizerBase
+) -> bool | None:
+    """Return whether a template writes the mark in a chat; None if it rejects the chat."""
     try:
         text = tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=False, **date_arguments(tokenizer)
         )
-        is_written = SYSTEM_MARK in str(text)
     except Exception:
-        is_written = False
-    if not is_written:
-        _log.warning(
-            "the chat template has no turn of the system; such messages begin the user's first"
-        )
-    _known[tokenizer] = (template, is_written)
-    return is_written
+        return None
+    return mark in str(text)

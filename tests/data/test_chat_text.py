@@ -74,6 +74,39 @@ def test_arguments_of_tool_calls_reach_the_template_as_objects():
     assert "add a=2 b=None<|im_end|>" in texts[0] and texts[0] == texts[1]
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+CALLER = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "4", "tool_call_id": "c1"}
+NO_RESULTS = CALLING.replace("messages %}", "messages if m.role != 'tool' %}", 1)
+NO_TOOLS = "{{ raise_exception('no tools') if messages[-1].role == 'tool' }}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("loss_on", ["last", "all-assistant"])
+@pytest.mark.parametrize(
+    ("template", "prompt", "message"),
+    [
+        (CHAT_TEMPLATE, (ASKED, CALLER, RESULT), "message 2 holds tool_calls, which this model's"),
+        (MARKED, (ASKED, CALLER, RESULT), "message 2 holds tool_calls"),
+        (NO_RESULTS, (ASKED, CALLER, RESULT), "message 3 is of the role tool, which this model's"),
+        (NO_RESULTS, (ASKED, RESULT), "message 2 is of the role tool.*drop the row"),
+        # a template that rejects the result of a call may still drop the call
+        (NO_TOOLS, (ASKED, CALLER, ASKED), "message 2 holds tool_calls"),
+    ],
+)
+def test_tool_messages_that_a_template_drops_are_refused(template, prompt, message, loss_on):
+    example = Example(prompt, "four", source_row=7)
+    with pytest.raises(DataError, match=rf"north, example 0 \(row 7 .*: {message}"):
+        tokens_of(example, tiny_tokenizer(template), loss_on)
+
+
+def test_a_template_is_asked_again_after_it_was_replaced():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(DataError, match="message 2 holds tool_calls"):
+        prompt_token_ids((ASKED, CALLER), tokenizer)
+    tokenizer.chat_template = CALLING
+    assert "add a=2" in tokenizer.decode(prompt_token_ids((ASKED, CALLER), tokenizer))
+
+
 def test_content_in_parts_is_what_a_template_writes_of_parts():
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?", "image_url": None}]
     chat = parse_chat([{"role": "user", "content": parts}], "messages")
