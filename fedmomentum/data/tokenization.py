@@ -11,7 +11,8 @@ from fedmomentum.data.continuation import continuation_ids
 from fedmomentum.data.encoding import encode_texts
 from fedmomentum.data.examples import TextPair
 from fedmomentum.data.tokenized import Span, TokenizedExamples
-from fedmomentum.data.turns import gaps_between, has_generation_marks, marked_turns, prefix_turns
+from fedmomentum.data.truncation import TokenIds, UncutExamples, refuse_losses
+from fedmomentum.data.turns import has_generation_marks, marked_turns, prefix_turns
 from fedmomentum.errors import DataError
 from fedmomentum.utils.text import printable
 
@@ -31,13 +32,6 @@ class _Text(NamedTuple):
     @property
     def answer(self) -> str:
         return self.full[len(self.prompt) :]
-
-
-class _TokenIds(NamedTuple):
-    """The untruncated token ids of an example, and the ranges that are learned."""
-
-    ids: list[int]
-    learned: list[Span]
 
 
 def tokenize(
@@ -74,42 +68,50 @@ def tokenize(
     """
     if not examples:
         raise DataError(f"{owner}: no examples; give at least one, or leave this client out")
-    rows = _token_ids(examples, tokenizer, owner, loss_on)
-    rejected = _rejected_ids(examples, tokenizer, owner)
-
-    # Drop examples whose prompt alone fills the maximum length; truncate the others.
-    retained = [row for row, ids in enumerate(rows) if ids.learned[0][0] < max_length]
-    num_lost = len(rows) - len(retained)
-    if not retained or num_lost > max_truncated_fraction * len(rows):
-        lengths = sorted(max(len(row.ids), len(ids)) for row, ids in zip(rows, rejected))
-        raise DataError(
-            f"{owner}: {num_lost} of {len(rows)} examples lose their complete answer, because "
-            f"their prompt alone fills max-length = {max_length} tokens (allowed fraction: "
-            f"{max_truncated_fraction:g}). The longest example has {lengths[-1]} tokens, half have "
-            f"at most {lengths[len(lengths) // 2]}: raise max-length, shorten the prompts, or "
-            "raise max-truncated-fraction to train without those examples"
-        )
-    # Put prompt and answer in one row of at most the maximum length.
-    input_ids = []
-    is_truncated = []
-    gaps = []
-    for row in retained:
-        ids = tuple(rows[row].ids[:max_length])
-        input_ids.append(ids)
-        gaps.append(gaps_between(rows[row].learned, len(ids)))
-        # Tokens after the last learned one can be cut off without truncating an answer.
-        is_cut = rows[row].learned[-1][1] > max_length or len(rejected[row]) > max_length
-        is_truncated.append(is_cut)
-    return TokenizedExamples(
-        tuple(input_ids),
-        tuple(rows[row].learned[0][0] for row in retained),
-        tuple(examples[row].category for row in retained),
-        tuple(is_truncated),
-        num_lost,
-        tuple(gaps),
-        tuple(tuple(rejected[row][:max_length]) for row in retained),
-        units=tuple(examples[row].unit for row in retained),
+    (rows,) = tokenize_parts(
+        {owner: examples},
+        tokenizer,
+        max_length=max_length,
+        max_truncated_fraction=max_truncated_fraction,
+        loss_on=loss_on,
     )
+    return rows
+
+
+def tokenize_parts(
+    parts: Mapping[str, Sequence[Example]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_truncated_fraction: float,
+    loss_on: str = "last",
+) -> tuple[TokenizedExamples, ...]:
+    """Tokenize the parts of a client's examples; those that lose their answer are counted together.
+
+    So whether they are too many does not depend on which of them are held out.
+
+    Args:
+        parts: Each part's name, for error messages, and its examples. The first part is trained
+            on and must not lose all of its examples; the others may, or be empty.
+        tokenizer: See `tokenize`, as for the other arguments.
+        max_length: The maximum number of tokens per row.
+        max_truncated_fraction: The fraction of all examples that may lose their entire answer.
+        loss_on: Which turns of a chat are learned.
+
+    Raises:
+        DataError: See `tokenize`.
+    """
+    uncut = []
+    for owner, examples in parts.items():
+        rows = _token_ids(examples, tokenizer, owner, loss_on)
+        uncut.append(UncutExamples(examples, rows, _rejected_ids(examples, tokenizer, owner)))
+    refuse_losses(
+        uncut,
+        max_length=max_length,
+        max_truncated_fraction=max_truncated_fraction,
+        owner=next(iter(parts)),
+    )
+    return tuple(part.truncate(max_length) for part in uncut)
 
 
 def _title(owner: str, row: int, example: Example) -> str:
@@ -120,7 +122,7 @@ def _title(owner: str, row: int, example: Example) -> str:
 
 def _token_ids(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, owner: str, loss_on: str
-) -> list[_TokenIds]:
+) -> list[TokenIds]:
     """Return the token ids of each example."""
     if loss_on == "last":
         for row, example in enumerate(examples):
@@ -139,7 +141,7 @@ def _token_ids(
             result.append(plain_ids[row])
             continue
         try:
-            result.append(_TokenIds(*_chat_turns(example, tokenizer)))
+            result.append(TokenIds(*_chat_turns(example, tokenizer)))
         except DataError as error:
             raise DataError(f"{_title(owner, row, example)}: {error}") from error
     return result
@@ -205,7 +207,7 @@ def _rejected_ids(
 
 def _last_answers(
     examples: Mapping[int, Example], tokenizer: PreTrainedTokenizerBase, owner: str
-) -> list[_TokenIds]:
+) -> list[TokenIds]:
     """Return the token ids of prompts and their answers, in the order of the examples."""
     # Render every example as text, and find the end token of each kind of prompt.
     texts: list[_Text] = []
@@ -233,7 +235,7 @@ def _last_answers(
         if example.prompt is None:
             answer = _without_second_start(prompt, answer)
         ids = prompt + answer
-        result.append(_TokenIds(ids, [(max(1, len(prompt)), len(ids))]))
+        result.append(TokenIds(ids, [(max(1, len(prompt)), len(ids))]))
     return result
 
 

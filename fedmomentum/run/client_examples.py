@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedmomentum.base_model.load_checks import check_max_length
 from fedmomentum.data.tokenized import TokenizedClient
 from fedmomentum.objectives.choice import make_objective
-from fedmomentum.run.task import check_rows, make_rows
+from fedmomentum.run.task import check_rows, make_parts
 from fedmomentum.run.training_checks import check_pairs
 from fedmomentum.training.arguments import check_num_examples
 from fedmomentum.utils.seeding import derive_seed
@@ -57,15 +57,13 @@ def tokenize_parties(
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
     examples_by_client = []
     for party in parties:
-        rows = {}
         held_out = f"{party.client_id} (held out)"
         parts = {party.client_id: list(party.train), held_out: held_out_order(config, party)}
+        train, test = make_parts(parts, tokenizer, labels, **limits)
         # Check that each part suits the objective, and that the model embeds all of its tokens.
-        for owner, examples in parts.items():
-            rows[owner] = make_rows(examples, tokenizer, labels, owner=owner, **limits)
-            check_pairs(rows[owner], objective, owner)
-            check_rows(base, rows[owner], labels, owner)
-        train_tokens = rows[party.client_id]
-        check_num_examples(len(train_tokens), hyperparameters, party.client_id)
-        examples_by_client.append(TokenizedClient(party.client_id, train_tokens, rows[held_out]))
+        for owner, rows in ((party.client_id, train), (held_out, test)):
+            check_pairs(rows, objective, owner)
+            check_rows(base, rows, labels, owner)
+        check_num_examples(len(train), hyperparameters, party.client_id)
+        examples_by_client.append(TokenizedClient(party.client_id, train, test))
     return examples_by_client

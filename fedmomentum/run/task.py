@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.classifier import order_labels
@@ -12,7 +12,7 @@ from fedmomentum.base_model.load_checks import check_token_ids
 from fedmomentum.config.data import BUILT_IN_SOURCE
 from fedmomentum.config.schema import CLASSIFICATION
 from fedmomentum.data.labeled_texts import refuse_unknown_labels, sort_labels, tokenize_labeled
-from fedmomentum.data.tokenization import tokenize
+from fedmomentum.data.tokenization import tokenize_parts
 from fedmomentum.data.tokenized import EMPTY_EXAMPLES, TokenizedExamples
 from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.utils.schema import MAX_LABELS
@@ -131,20 +131,50 @@ def make_rows(
     """Tokenize examples for a classifier or, without labels, for a causal language model.
 
     Raises:
-        DataError: If they cannot be used; see `tokenize` and `tokenize_labeled`.
+        DataError: If they cannot be used; see `tokenize_parts` and `tokenize_labeled`.
     """
     if not examples:
         return EMPTY_EXAMPLES
-    if labels:
-        return tokenize_labeled(examples, tokenizer, labels, max_length=max_length, owner=owner)
-    return tokenize(
-        examples,
+    (rows,) = make_parts(
+        {owner: examples},
         tokenizer,
+        labels,
         max_length=max_length,
         max_truncated_fraction=max_truncated_fraction,
-        owner=owner,
         loss_on=loss_on,
     )
+    return rows
+
+
+def make_parts(
+    parts: Mapping[str, Sequence[Example]],
+    tokenizer: Any,
+    labels: Sequence[str],
+    *,
+    max_length: int,
+    max_truncated_fraction: float,
+    loss_on: str = "last",
+) -> tuple[TokenizedExamples, ...]:
+    """Tokenize the parts of a client's examples, what is trained on first, the rest may be empty.
+
+    Raises:
+        DataError: If they cannot be used; see `tokenize_parts` and `tokenize_labeled`.
+    """
+    if not labels:
+        return tokenize_parts(
+            parts,
+            tokenizer,
+            max_length=max_length,
+            max_truncated_fraction=max_truncated_fraction,
+            loss_on=loss_on,
+        )
+    rows = []
+    for owner, examples in parts.items():
+        part = EMPTY_EXAMPLES
+        if examples:
+            part = tokenize_labeled(examples, tokenizer, labels, max_length=max_length, owner=owner)
+        rows.append(part)
+    return tuple(rows)
 
 
 def check_rows(model: Any, rows: TokenizedExamples, labels: Sequence[str], owner: str) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmomentum.data.examples import Example
-from fedmomentum.data.tokenization import end_token_id, prompt_token_ids, tokenize
+from fedmomentum.data.tokenization import end_token_id, prompt_token_ids, tokenize, tokenize_parts
 from fedmomentum.errors import DataError
 from fedmomentum.objectives.collation import IGNORED, completion_batch
 from tests.tiny import CHAT_TEMPLATE, END_TOKEN_ID, tiny_tokenizer
@@ -139,6 +139,33 @@ def test_too_many_lost_examples_are_refused_with_numbers():
         tokenize_all(examples[1:], max_length=4, max_truncated_fraction=1.0)
     with pytest.raises(DataError, match="client-3: no examples"):
         tokenize_all([])
+
+
+@pytest.mark.parametrize("num_held_out", [0, 1, 2])
+def test_lost_examples_of_all_parts_are_counted_together(num_held_out):
+    """Whether a client can be used does not depend on which examples it holds out."""
+    examples = [Example("ab", "c")] * 3 + [Example("abcdef", "g")]
+
+    def tokenized(examples, fraction):
+        parts = {
+            "north": examples[: len(examples) - num_held_out],
+            "north (held out)": examples[len(examples) - num_held_out :],
+        }
+        return tokenize_parts(parts, TOKENIZER, max_length=4, max_truncated_fraction=fraction)
+
+    train, test = tokenized(examples, 0.25)
+    assert len(train) + len(test) == 3
+    assert train.num_lost + test.num_lost == 1
+    with pytest.raises(DataError, match="north: 1 of 4 examples .*has 8 tokens, half have"):
+        tokenized(examples, 0.24)
+    with pytest.raises(DataError, match="north: 1 of 3"):
+        # nothing would be left to train on
+        tokenize_parts(
+            {"north": examples[3:], "north (held out)": examples[:2]},
+            TOKENIZER,
+            max_length=4,
+            max_truncated_fraction=1,
+        )
 
 
 def test_batch_is_padded_on_the_left_and_labels_only_the_completion():
