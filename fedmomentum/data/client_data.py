@@ -255,7 +255,7 @@ def _built_in_tests(
         return []
     if config.num_test_examples < len(names):
         raise DataError(
-            f"num_test_examples={config.num_test_examples} must be 0, or at least {len(names)}, "
+            f"num-test-examples = {config.num_test_examples} must be 0, or at least {len(names)}, "
             "one a task"
         )
     test_seed = data_seed(seed, Purpose.TEST_EXAMPLES)

@@ -77,19 +77,19 @@ def partition(
         raise DataError(f"partition {how!r} is unknown; known: {', '.join(PARTITIONS)}")
     if num_clients < 1 or min_examples < 1:
         raise DataError(
-            f"num_clients={num_clients} and min_examples={min_examples} must both be at least 1"
+            f"num-clients = {num_clients} and min-examples = {min_examples} must both be at least 1"
         )
     if seed < 0:
         raise DataError(f"seed={seed} must be at least 0")
     if (sizes is not None) != (how == "sizes"):
         raise DataError(
             f'sizes belongs to the partition "sizes" and to no other; got {how!r} with '
-            f"sizes={sizes}"
+            f"sizes = {sizes}"
         )
     if len(categories) < num_clients * min_examples:
         raise DataError(
             f"{len(categories)} examples cannot give {num_clients} clients {min_examples} each; "
-            "lower num_clients or min_examples, or bring more data"
+            "lower num-clients or min-examples, or bring more data"
         )
     # Each partition checks the remaining settings that it uses.
     settings = PartitionSettings(
@@ -164,7 +164,7 @@ def partition_dirichlet(
     """
     concentration = settings.concentration
     if not (np.isfinite(concentration) and concentration > 0):
-        raise DataError(f"concentration={concentration} must be a finite number above 0")
+        raise DataError(f"concentration = {concentration} must be a finite number above 0")
     groups = _by_category(categories)
 
     def attempt() -> Clients:
@@ -181,7 +181,7 @@ def partition_dirichlet(
         attempt,
         settings.min_examples,
         f"dirichlet with concentration {concentration}",
-        "raise concentration, or lower num_clients or min_examples",
+        "raise concentration, or lower num-clients or min-examples",
     )
 
 
@@ -220,7 +220,7 @@ def partition_by_categories(
         attempt,
         settings.min_examples,
         f"categories with {per_client} per client",
-        "raise categories_per_client, or lower num_clients or min_examples",
+        "raise categories-per-client, or lower num-clients or min-examples",
     )
 
 
@@ -254,8 +254,8 @@ def _divide_shuffled(
     if len(clients[smallest]) < settings.min_examples:
         raise DataError(
             f"sizes: client {smallest} would get {len(clients[smallest])} of {num_examples} "
-            f"examples, fewer than min_examples={settings.min_examples}; raise its size or lower "
-            "min_examples"
+            f"examples, fewer than min-examples = {settings.min_examples}; raise its size or lower "
+            "min-examples"
         )
     return clients
 
@@ -296,7 +296,7 @@ def _check_categories(num_categories: int, num_clients: int, per_client: int) ->
     """Reject numbers of categories and clients that leave a category without a client."""
     if not 1 <= per_client <= num_categories:
         raise DataError(
-            f"categories_per_client={per_client} must lie between 1 and the {num_categories} "
+            f"categories-per-client = {per_client} must lie between 1 and the {num_categories} "
             "categories found"
         )
     if num_clients * per_client < num_categories:
@@ -304,7 +304,7 @@ def _check_categories(num_categories: int, num_clients: int, per_client: int) ->
         enough_clients = -(-num_categories // per_client)
         raise DataError(
             f"{num_clients} clients with {per_client} categories each cannot hold all "
-            f"{num_categories}; raise categories_per_client to {enough_per_client} or num_clients "
+            f"{num_categories}; raise categories-per-client to {enough_per_client} or num-clients "
             f"to {enough_clients}"
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmomentum.config.data import DataConfig
 from fedmomentum.config.schema import CLASSIFICATION
 from fedmomentum.config.toml_values import format_value
 from fedmomentum.data.rows import file_ending
@@ -27,6 +28,8 @@ MAX_STEPS = 50
 BATCH_SIZE = 8
 HELD_OUT = 0.1
 NUM_CLIENTS = 4
+MIN_ROWS = DataConfig().min_examples
+"""A simulated client has at least as many rows, unless the source has fewer."""
 
 
 def starter_config(reports: Sequence[DataReport], settings: Config, out: Path) -> str:
@@ -107,12 +110,18 @@ def _source_lines(report: DataReport, out: Path) -> list[str]:
     if report.clients:
         clients = printable(", ".join(report.clients), 200)
         return [*lines, f"# the file names its clients: {clients}"]
-    num_clients = max(1, min(NUM_CLIENTS, report.num_rows // 2))
+    if report.num_rows < MIN_ROWS:
+        lines.append(f"min-examples = {report.num_rows}  # fewest rows of a client")
     return [
         *lines,
-        f"num-clients = {num_clients}  # the rows are dealt to so many simulated clients",
+        f"num-clients = {_num_clients(report)}  # the rows are dealt to so many simulated clients",
         '# client-column = "..."  # instead: a column that names the client of each row',
     ]
+
+
+def _num_clients(report: DataReport) -> int:
+    """Return how many simulated clients the rows of a source are enough for."""
+    return max(1, min(NUM_CLIENTS, report.num_rows // MIN_ROWS))
 
 
 def _training_lines(reports: Sequence[DataReport], settings: Config) -> list[str]:
@@ -129,7 +138,7 @@ def _training_lines(reports: Sequence[DataReport], settings: Config) -> list[str
     if not sizes:
         sizes = [report.num_rows for report in reports]
     if len(reports) == 1 and not reports[0].clients:
-        sizes = [reports[0].num_rows // max(1, min(NUM_CLIENTS, reports[0].num_rows // 2))]
+        sizes = [reports[0].num_rows // _num_clients(reports[0])]
     steps = math.ceil(min(sizes) * (1 - HELD_OUT) / BATCH_SIZE)
     steps = max(1, min(MAX_STEPS, steps))
     rate = "1e-4" if reports[0].kind == "chosen+rejected" else "5e-4"

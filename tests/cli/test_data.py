@@ -164,6 +164,22 @@ def test_a_first_configuration_fits_what_is_in_the_file(
         assert getattr(getattr(config, section), name) == value
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_clients"),
+    [(1, 1), (7, 1), (8, 1), (15, 1), (16, 2), (31, 3), (32, 4), (90, 4)],
+)
+def test_a_first_configuration_can_be_run_however_few_rows_there_are(
+    num_rows, num_clients, base, tmp_path, capsys
+):
+    rows = [{"question": f"{i}?", "answer": "a"} for i in range(num_rows)]
+    file = write(tmp_path / "d.jsonl", *rows)
+    begin(capsys, file, "--model", base, "--out", tmp_path / "c.toml")
+    config = load_config(tmp_path / "c.toml")
+    clients = load_clients(config.data, 0)
+    assert len(clients) == num_clients
+    assert sum(len(client.train) + len(client.test) for client in clients) == num_rows
+
+
 def test_files_that_do_not_identify_their_clients_are_refused(base, tmp_path, capsys):
     row = {"question": "a", "answer": "b"}
     for name in ("a", "b"):

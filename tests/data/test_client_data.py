@@ -212,7 +212,7 @@ def test_built_in_tasks():
         assert all(abs(tested[name] - trained[name] / 5) < 1 for name in trained)
     without = load_clients(**arguments | {"num_test_examples": 0}, num_clients=2)
     assert all(client.test == () for client in without)
-    with pytest.raises(DataError, match="num_test_examples=3 must be 0, or at least 4"):
+    with pytest.raises(DataError, match="num-test-examples = 3 must be 0, or at least 4"):
         load_clients(**arguments | {"num_test_examples": 3}, num_clients=2)
 
 

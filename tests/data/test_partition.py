@@ -173,26 +173,32 @@ def test_share_is_unbiased():
     ("changes", "message"),
     [
         ({"how": "random"}, "'random' is unknown; known: iid, dirichlet, categories, sizes"),
-        ({"num_clients": 0}, "num_clients=0"),
-        ({"min_examples": 0}, "min_examples=0"),
+        ({"num_clients": 0}, "num-clients = 0"),
+        ({"min_examples": 0}, "min-examples = 0"),
         ({"seed": -1}, "seed=-1"),
-        ({"num_clients": 13}, "12 examples cannot give 13 clients 1 each"),
-        ({"how": "dirichlet", "concentration": 0.0}, "concentration=0.0"),
-        ({"how": "dirichlet", "concentration": float("nan")}, "concentration=nan"),
+        ({"num_clients": 13}, "12 examples cannot give 13 clients 1 each; lower num-clients"),
+        ({"how": "dirichlet", "concentration": 0.0}, "concentration = 0.0"),
+        ({"how": "dirichlet", "concentration": float("nan")}, "concentration = nan"),
         (
             {"how": "dirichlet", "concentration": 1e-3, "num_clients": 4, "min_examples": 3},
-            "none of 1000 draws .* raise concentration",
+            "none of 1000 draws .* raise concentration, or lower num-clients or min-examples",
         ),
-        ({"how": "categories", "categories_per_client": 4}, "between 1 and the 3 categories"),
+        (
+            {"how": "categories", "categories_per_client": 4},
+            "categories-per-client = 4 must lie between 1 and the 3 categories",
+        ),
         (
             {"how": "categories", "categories_per_client": 1, "num_clients": 2},
-            "raise categories_per_client to 2 or num_clients to 3",
+            "raise categories-per-client to 2 or num-clients to 3",
         ),
         ({"how": "sizes"}, "sizes"),
         ({"sizes": [1, 1, 1]}, "sizes"),
         ({"how": "sizes", "sizes": [1, 1]}, "3 finite numbers above 0"),
         ({"how": "sizes", "sizes": [1, 1, 0]}, "3 finite numbers above 0"),
-        ({"how": "sizes", "sizes": [100, 1, 100]}, "client 1 would get 0 of 12"),
+        (
+            {"how": "sizes", "sizes": [100, 1, 100]},
+            "client 1 would get 0 of 12.* fewer than min-examples = 1",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_refused(changes, message):
