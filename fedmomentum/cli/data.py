@@ -85,15 +85,15 @@ def data(
     start = load_config(config) if config is not None else from_dict({})
     settings = _with_options(start, given, column or [])
     # Show every readable file, whatever is wrong with the others.
-    sources = files or _sources(settings)
+    sources = [(file, settings.data.split) for file in files or ()] or _sources(settings)
     with quiet_libraries():
         tokenizer = load_tokenizer_of(settings.model)
         num_broken = 0
-        for number, source in enumerate(sources):
+        for number, (source, split) in enumerate(sources):
             if number:
                 OUT.print()
             try:
-                report = report_data(source, settings, tokenizer)
+                report = report_data(source, split, settings, tokenizer)
             except DataError as error:
                 num_broken += 1
                 ERR.print(f"fedmomentum: {error}", markup=False)
@@ -136,7 +136,8 @@ def init(
     settings = _with_options(from_dict({}), given, column or [])
     with quiet_libraries():
         tokenizer = load_tokenizer_of(settings.model)
-        reports = [report_data(source, settings, tokenizer) for source in files]
+        split = settings.data.split
+        reports = [report_data(source, split, settings, tokenizer) for source in files]
     text = starter_config(reports, settings, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
@@ -184,19 +185,20 @@ def _parse_columns(pairs: list[str]) -> dict[str, str]:
     return columns
 
 
-def _sources(settings: Config) -> list[str]:
-    """Return the data sources of a configuration.
+def _sources(settings: Config) -> list[tuple[str, str]]:
+    """Return the data sources of a configuration, each with the split that a run reads of it.
 
     Raises:
         ConfigError: If there are none to read.
     """
     from fedmomentum.config.data import BUILT_IN_SOURCE
 
-    sources = list(settings.data.client_files.values())
-    if settings.data.source and settings.data.source != BUILT_IN_SOURCE:
-        sources.append(settings.data.source)
-    if settings.data.test_source:
-        sources.append(settings.data.test_source)
+    data = settings.data
+    sources = [(file, data.split) for file in data.client_files.values()]
+    if data.source and data.source != BUILT_IN_SOURCE:
+        sources.append((data.source, data.split))
+    if data.test_source:
+        sources.append((data.test_source, data.test_split))
     if not sources:
         raise ConfigError("give files of examples, or --config with a configuration that has some")
     return sources
@@ -231,6 +233,8 @@ def _facts(report: DataReport) -> Iterator[tuple[str, str]]:
     yield "file", ", ".join((report.origin.kind, *report.origin.details))
     if report.origin.encoding:
         yield "encoding", report.origin.encoding
+    if report.split:
+        yield "split", printable(report.split)
     yield "format", report.kind
     # The file's column names, and what they are used as if that is not obvious.
     used = []

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.hub import resolve_base
@@ -63,6 +64,7 @@ class DataReport:
 
     Attributes:
         source: The source.
+        split: The split that is read; empty for a source without splits, such as a file.
         origin: The detected format of its file.
         kind: The format of its rows.
         columns: Our name of each column that is read, to the file's own.
@@ -80,6 +82,7 @@ class DataReport:
     """
 
     source: str
+    split: str
     origin: Origin
     kind: str
     columns: Mapping[str, str]
@@ -108,18 +111,19 @@ def load_tokenizer_of(model: ModelConfig) -> Any:
     return tokenizer
 
 
-def report_data(source: str, config: Config, tokenizer: Any) -> DataReport:
+def report_data(source: str, split: str, config: Config, tokenizer: Any) -> DataReport:
     """Read a source as a run would, and report what is found.
 
     Args:
         source: A file, directory or hub name.
+        split: The split to read, if the source has several.
         config: How to read it, and how long examples may be.
         tokenizer: The base model's tokenizer.
 
     Raises:
         DataError: If it cannot be used; the message names row and column.
     """
-    rows, examples = read_source(source, config.data, config.data.split, config.model.task)
+    rows, examples = read_source(source, config.data, split, config.model.task)
     labels: tuple[str, ...] = ()
     if config.model.task == CLASSIFICATION:
         labels = sort_labels(example.completion for example in examples)
@@ -151,6 +155,7 @@ def report_data(source: str, config: Config, tokenizer: Any) -> DataReport:
     prompts = Counter(prompt_key(example, config.training.loss_on) for example in examples)
     return DataReport(
         source=source,
+        split=split if _has_splits(source) else "",
         origin=rows.origin,
         kind=kind,
         columns=columns,
@@ -166,6 +171,12 @@ def report_data(source: str, config: Config, tokenizer: Any) -> DataReport:
         num_repeated=sum(count for count in prompts.values() if count > 1),
         is_refused=len(lost_rows) > config.data.max_truncated_fraction * len(examples),
     )
+
+
+def _has_splits(source: str) -> bool:
+    """Return whether a source is a hub data set, or a saved one with splits."""
+    path = Path(source)
+    return not path.exists() or (path / "dataset_dict.json").is_file()
 
 
 def _columns(rows: Rows, config: Config) -> tuple[dict[str, str], str]:

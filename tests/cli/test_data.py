@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import typer
 
@@ -102,6 +103,26 @@ def test_the_files_of_a_configuration_are_shown(base, tmp_path, capsys):
     )
     code, out, _ = show(capsys, "--config", config)
     assert code == 0 and "north<|im_end|>" in out and "south<|im_end|>" in out
+
+
+def test_each_source_of_a_configuration_is_read_by_its_split(base, tmp_path, capsys):
+    """As a run reads it: `split` of the source, `test-split` of the test source."""
+    parts = {
+        name: datasets.Dataset.from_list([{"question": f"{name}?", "answer": "a"}])
+        for name in ("train", "test")
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    datasets.DatasetDict(test=parts["test"]).save_to_disk(tmp_path / "only")
+    for test_source in ("both", "only"):
+        config = tmp_path / "c.toml"
+        config.write_text(
+            f'model.name = "{base}"\ndata.source = "both"\ndata.test-source = "{test_source}"\n'
+        )
+        code, out, err = show(capsys, "--config", config)
+        first, second = out.split("The first examples", 2)[1:]
+        assert (code, err) == (0, "")
+        assert "train?" in first and "test?" in second and "train?" not in second
+        assert "split" in out
 
 
 # ── init ──
