@@ -12,6 +12,8 @@ from fedmomentum.utils.text import printable
 
 GENERAL_FORMAT = "General"
 """Excel's default number format, which shows a number as it is."""
+NUM_DIGITS = 15
+"""The significant digits of Excel's numbers: it stores 0.30000000000000004 and shows 0.3."""
 
 
 class NoText:
@@ -34,10 +36,8 @@ def read_workbook(path: Path) -> Table:
         DataError: If the file is not a workbook, has several non-empty sheets, or its header has
             unnamed or duplicate columns.
     """
-    import openpyxl
-
     try:
-        workbook = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        workbook = _open_workbook(path)
     # A damaged workbook can cause any kind of error.
     except Exception as error:
         is_archive = zipfile.is_zipfile(path)
@@ -67,6 +67,34 @@ def read_workbook(path: Path) -> Table:
     return _sheet_table(path, title, rows)
 
 
+def _open_workbook(path: Path) -> Any:
+    """Open a workbook like `openpyxl.load_workbook`, with all texts as they are stored.
+
+    openpyxl removes the escapes from some texts and not from others, and then they look the same.
+    """
+    from openpyxl.cell.text import Text
+    from openpyxl.reader.excel import ExcelReader
+    from openpyxl.xml.constants import SHARED_STRINGS, SHEET_MAIN_NS
+    from openpyxl.xml.functions import iterparse
+
+    class Reader(ExcelReader):  # type: ignore[misc]
+        def read_strings(self) -> None:
+            part = self.package.find(SHARED_STRINGS)
+            if part is None:
+                return
+            texts = []
+            with self.archive.open(part.PartName[1:]) as source:
+                for _, node in iterparse(source):
+                    if node.tag == f"{{{SHEET_MAIN_NS}}}si":
+                        texts.append(Text.from_tree(node).content)
+                        node.clear()
+            self.shared_strings = texts
+
+    reader = Reader(path, read_only=True, data_only=True)
+    reader.read()
+    return reader.wb
+
+
 _SheetRows = list[tuple[int, list[Any]]]
 
 
@@ -86,16 +114,19 @@ def _sheet_rows(sheet: Any) -> _SheetRows:
 
 def _cell_value(cell: Any) -> Any:
     """Return a cell's text; None if it is empty, `NoText` if the value does not reveal the text."""
+    from openpyxl.utils.escape import unescape
+
     value = cell.value
     if value is None or (isinstance(value, str) and not value):
         return None
     if cell.data_type == "e":
         return NoText(f"{value}, an error of a formula")
     if isinstance(value, str):
-        return value
+        # Excel writes carriage returns and other control characters as _x000D_.
+        return unescape(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and cell.number_format == GENERAL_FORMAT:
-        return str(value)
+        return f"{value:.{NUM_DIGITS}g}" if isinstance(value, float) else str(value)
     shape = str(cell.number_format)[:30]
     return NoText(f"{str(value)[:30]}, shown by Excel as {shape}: format the cell as text")
 
