@@ -70,8 +70,8 @@ def load_clients(
     No prompt is used for both training and testing: the prompt of a held-out example occurs only
     once in the source (with ``client-files``, once in that client's file, since clients do not see
     each other's files), and rows of a ``test-source`` or built-in tests whose prompt is trained on
-    are left out. When all turns of a chat are learned, its prompt is everything before the first
-    learned turn, so that the rule holds for every turn.
+    are left out. When all turns of a chat are learned, its prompt is everything before the
+    assistant's first turn, so that the rule holds for every turn.
 
     Args:
         config: The [data] section of the configuration.

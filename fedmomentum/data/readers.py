@@ -34,7 +34,7 @@ def to_examples(
       completion; all messages before it are the prompt. Messages have `role` and `content`, or
       ShareGPT's `from` and `value`; see `chats`.
     - ``prompt`` and ``completion``: each is text or a list of messages; a completion's list holds
-      a single assistant message.
+      a single assistant message. Those in the prompt are not learned, unless they have weights.
     - ``prompt``, ``chosen`` and ``rejected``: the same with two answers, the first preferred. If
       the two are whole chats that differ in their last message, the messages before it are the
       prompt, and the ``prompt`` column is optional.

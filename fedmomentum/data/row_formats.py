@@ -198,6 +198,10 @@ def _parse_completion(cells: Cells) -> Answered:
         chat = _with_system(cells.chat("prompt"), cells)
         prompt = _prompt_messages(chat.messages)
         learned = chat.learned_turns()
+        # Without weights, the assistant's turns in the prompt are context, such as worked examples.
+        has_turns = any(message["role"] == "assistant" for message in chat.messages)
+        if learned is None and has_turns:
+            learned = ()
     return Answered(prompt, _parse_answer(cells, "completion"), learned_turns=learned)
 
 

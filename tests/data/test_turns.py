@@ -260,6 +260,32 @@ def test_ids_masks_and_losses_are_those_of_trl(template, max_length, folder, tmp
     assert float(loss.nll) / loss.num_targets == pytest.approx(float(reference), rel=1e-6)
 
 
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_of_prompt_and_completion_the_completion_is_learned_as_by_trl(template, folder, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    *prompt, answer = messages_of(CHATS[1])
+    row = {"prompt": prompt, "completion": [answer]}
+    settings = {"assistant_only_loss": True, "max_length": 200, "use_cpu": True, "bf16": False}
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder),
+        args=SFTConfig(output_dir=str(tmp_path), report_to="none", **settings),
+        train_dataset=Dataset.from_list([row]),
+        processing_class=tiny_tokenizer(MARKED),
+    )
+    trl_batch = trainer.data_collator([trainer.train_dataset[0]])
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    limits = {"max_length": 200, "max_truncated_fraction": 0, "owner": "north"}
+    ours = tokenize(
+        to_examples(read_rows(file)), tiny_tokenizer(template), loss_on="all-assistant", **limits
+    ).example(0)
+    labels = [label for label in labels_of(ours) if label != -100]
+    assert tiny_tokenizer().decode(labels) == "six<|im_end|>"
+    assert labels == [label for label in trl_batch["labels"][0].tolist() if label != -100]
+
+
 def tokenizer_of(family, kind=""):
     """A tiny tokenizer with the special tokens of a real template, as TRL has it."""
     folder = Path(trl.__file__).parent / "chat_templates"
