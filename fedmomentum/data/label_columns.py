@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+_log = logging.getLogger(__name__)
+
+
 def column_texts(rows: Rows | Dataset, column: str, *, where: str = "") -> list[str]:
     """Return one column's labels as text: the names of a ClassLabel, numbers as text.
+
+    Spaces around a label do not belong to it.
 
     Args:
         rows: The rows, from `read_rows`.
@@ -67,8 +73,31 @@ def _label(value: Any, label_names: Sequence[str] | None, place: str) -> str | i
             )
         value = label_names[value]
     if not isinstance(value, str | int) or not str(value).strip():
-        raise DataError(f"{place} is {_shown(value)}; it must be text or a number")
-    return value
+        hint = ""
+        if isinstance(value, float):
+            hint = (
+                ". Missing values turn a column of integers into 1.0: fill them in or drop those "
+                "rows, and write the column as integers or text"
+            )
+        raise DataError(f"{place} is {_shown(value)}; it must be text or an integer{hint}")
+    return value.strip() if isinstance(value, str) else value
+
+
+def warn_of_case(labels: Iterable[str], column: str, where: str) -> None:
+    """Warn of labels of a column that differ only in upper and lower case."""
+    alike: dict[str, str] = {}
+    for label in sorted(set(labels)):
+        first = alike.setdefault(label.casefold(), label)
+        if first != label:
+            _log.warning(
+                "%scolumn %r has %r and %r, which differ only in upper and lower case; they are "
+                "taken for different values",
+                file_prefix(where),
+                column,
+                first,
+                label,
+            )
+            return
 
 
 def read_column(rows: Rows, name: str, where: str) -> list[Any]:

@@ -45,6 +45,15 @@ def test_labels_are_names_in_one_order(tmp_path, labels, names):
     assert to_labeled_examples(read_rows(file)) == examples
 
 
+def test_spaces_around_labels_are_removed_and_case_is_warned_of(tmp_path, caplog):
+    rows = [{"text": "t", "label": label} for label in ("pos", " pos", "pos\t", "neg")]
+    assert {example.completion for example in read(tmp_path, rows)} == {"pos", "neg"}
+    assert not caplog.records
+    examples = read(tmp_path, [*rows, {"text": "t", "label": "Pos"}])
+    assert {example.completion for example in examples} == {"pos", "neg", "Pos"}
+    assert "column 'label' has 'Pos' and 'pos', which differ only in upper and lower" in caplog.text
+
+
 def test_class_labels_of_a_parquet_file_are_their_names(tmp_path):
     from datasets import ClassLabel, Dataset, Features, Value
 

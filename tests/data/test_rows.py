@@ -388,7 +388,7 @@ def test_categories_are_short_names(value, category, tmp_path):
         (["a\ud800"], r"column 'kind' holds '\\ud800', half of a character"),
         (["x" * 257], "is a text of 257 characters; it must be a short name of at most 256"),
         (["x" * 10**6], "is a text of 1000000 characters"),
-        ([1.0], "row 1: column 'kind' is 1.0; it must be text or a number"),
+        ([1.0], "row 1: column 'kind' is 1.0; it must be text or an integer. Missing values turn"),
         (["a", None], "row 2: column 'kind' is None"),
         ([["a"]], r"row 1: column 'kind' is \['a'\]"),
         ([{"a": 1}], "row 1: column 'kind' is {'a': 1}"),
