@@ -37,16 +37,23 @@ class DataConfig:
     tasks: list[str] = option([], "built-in tasks to mix; empty: all")
     num_examples: int = option(2000, "training examples over all clients (built-in tasks)")
     num_test_examples: int = option(400, "held-out examples over all clients (built-in tasks)")
-    num_clients: int = option(4, "number of clients to divide a source among")
-    partition: str = option("iid", "how to divide: iid, dirichlet, categories, sizes")
+    num_clients: int = option(
+        4, "number of simulated clients, for a source that does not name its clients"
+    )
+    partition: str = option("iid", "how to divide it among them: iid, dirichlet, categories, sizes")
     category_column: str | None = option(None, "column to partition and report by")
     concentration: float = option(0.5, "for partition dirichlet: small is skewed, large is even")
-    min_examples: int = option(8, "smallest number of examples per client")
+    min_examples: int = option(
+        8,
+        "smallest number of examples per simulated client; others may have fewer",
+    )
     categories_per_client: int = option(2, "for partition categories")
     sizes: list[float] = option([], "for partition sizes: one number per client, in proportion")
     test_source: str | None = option(None, "a held-out source, divided among the clients")
     test_split: str = option("test", "split of the held-out source")
-    test_fraction: float = option(0.1, "fraction of its own examples that each client holds out")
+    test_fraction: float = option(
+        0.1, "fraction of its own examples that each client holds out, if there is no test-source"
+    )
     max_length: int = option(512, "most tokens in an example; longer ones are truncated")
     max_truncated_fraction: float = option(
         0.02, "refuse to run if a larger fraction of examples loses its whole answer to truncation"
