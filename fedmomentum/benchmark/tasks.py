@@ -117,8 +117,9 @@ def _renders(data: TaskData) -> dict[str, Any]:
         renders["doc_to_target"] = file.doc_to_target
     else:
         target = _render(data, "doc_to_target", file.doc_to_target, columns)
-        is_choice = file.doc_to_choice is not None
-        renders["doc_to_target"] = lambda row: _as_index(target(row)) if is_choice else target(row)
+        # Digits that a template gives are an index; those in a named column are a choice's text.
+        is_index = file.doc_to_choice is not None and file.doc_to_target not in columns
+        renders["doc_to_target"] = lambda row: _as_index(target(row)) if is_index else target(row)
     if isinstance(file.doc_to_choice, str):
         choice = _render(data, "doc_to_choice", file.doc_to_choice, columns)
         renders["doc_to_choice"] = lambda row: _as_list(choice(row))
@@ -150,7 +151,7 @@ def _render(data: TaskData, field: str, template: str, columns: set[str]) -> Ren
 
 
 def _as_index(value: Any) -> Any:
-    """Convert digits to the index of a choice, as lm-eval does."""
+    """Convert a template's digits to the index of a choice, as lm-eval does."""
     if isinstance(value, str) and value.isdigit():
         return int(value)
     return value

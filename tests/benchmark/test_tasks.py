@@ -37,3 +37,23 @@ def test_prompts_answers_and_worked_examples_are_lm_evals_own(tmp_path, name, sh
     second_task = make_task(read_task(tmp_path, name), shots)
     second_task.build_all_requests()
     assert [request.args for request in second_task.instances] == [args for *_, args in asked[0]]
+
+
+@pytest.mark.parametrize(
+    ("target", "right"), [("answer", 1), ("{{answer}}", 2), ("number", 3), ("{{number}}", 3)]
+)
+def test_digits_are_an_index_in_a_template_and_a_text_in_a_column(tmp_path, target, right):
+    """With numbers as choices, the right one and the worked examples are lm-eval's."""
+    row = {"question": "1+1?", "choices": ["1", "2", "3", "4"], "answer": "2", "number": 3}
+    file = write_choices(tmp_path, rows=[row] * 3) / "choices.yaml"
+    text = file.read_text().replace("doc_to_target: answer", f'doc_to_target: "{target}"')
+    file.write_text(text)
+    ours, stock = make_task(read_task(tmp_path, "choices"), 2), stock_task(tmp_path, "choices", 2)
+    results = [(-1.0 if index == right else -9.0, index == right) for index in range(4)]
+    prompts = []
+    for task in (ours, stock):
+        task.build_all_requests()
+        prompts.append([request.args for request in task.instances])
+        assert task.process_results(row, results)["acc"] == 1.0
+    assert prompts[0] == prompts[1]
+    assert f"Answer: {row['choices'][right]}\n\n" in prompts[0][0][0]
