@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fedmomentum.errors import FedMomentumError
 from fedmomentum.training.function import OnStep, Penalty, TrainReport
+from fedmomentum.training.isolation import train_without_noise
 from fedmomentum.training.optimizer_state import set_moments
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ class TrainableView(nn.Module):
 
     Args:
         model: The model.
+        without_noise: Whether the model is trained without dropout and other noise.
     """
 
     # Attributes by which the trainer detects a quantized model, to reject one without an adapter;
@@ -188,9 +190,10 @@ class TrainableView(nn.Module):
     is_loaded_in_8bit = False
     hf_device_map: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, without_noise: bool = False) -> None:
         super().__init__()
         self._model = [model]  # in a list, so that it is not a submodule
+        self._without_noise = without_noise
         self._mode_is_set = False
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -217,7 +220,10 @@ class TrainableView(nn.Module):
     def train(self, mode: bool = True) -> TrainableView:
         """Set the model's mode, but only if it changes, not in every step."""
         if not self._mode_is_set or mode != self.training:
-            self.wrapped_model.train(mode)
+            if mode and self._without_noise:
+                train_without_noise(self.wrapped_model)
+            else:
+                self.wrapped_model.train(mode)
         self._mode_is_set = True
         super().train(mode)
         return self

@@ -1,19 +1,22 @@
-"""Isolation of local training's side effects: random generators, attention kernels, dropout."""
+"""Isolation of local training's side effects: random generators, attention kernels, noise."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedmomentum.base_model.devices import generator_devices
 from fedmomentum.utils.modules import inner_model
+from fedmomentum.utils.quantized import is_quantized
 
 MAX_MATH_SDPA_TOKENS = 128
 """Row length, in tokens, up to which torch's plain attention is faster in 16 bits on a CPU.
@@ -38,21 +41,50 @@ def sdpa_backend_for(model: nn.Module, longest: int) -> AbstractContextManager[A
     return sdpa_kernel(SDPBackend.MATH) if is_16_bit else nullcontext()
 
 
-@contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Disable a model's dropout within the block, even in training mode.
+def train_without_noise(model: nn.Module) -> None:
+    """Put a model in a mode in which training computes exactly what evaluation computes.
 
-    A reference model is evaluated without dropout; with it, the model would differ by noise.
+    In evaluation mode no part of a model applies dropout or other noise, whether a module of its
+    own applies it or a function. Training mode is kept only where it has other effects: linear
+    layers, in which it selects the kernels of quantized weights and lets Opacus' hooks run, and
+    layers whose activations are recomputed, which then compute in evaluation mode.
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    rates = [layer.p for layer in layers]
-    for layer in layers:
-        layer.p = 0.0
-    try:
-        yield
-    finally:
-        for layer, rate in zip(layers, rates, strict=True):
-            layer.p = rate
+    model.eval()
+    for module in model.modules():
+        if type(module) is nn.Linear or is_quantized(module):
+            module.training = True
+        elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
+            checkpoint = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = _NoiselessCheckpoint(module, checkpoint)
+
+
+@dataclass(frozen=True)
+class _NoiselessCheckpoint:
+    """A layer's checkpoint function that computes the layer in evaluation mode."""
+
+    layer: nn.Module
+    checkpoint: Callable[..., Any]
+
+    def __call__(self, forward: Callable[..., Any], *args: Any) -> Any:
+        """Run the layer, which is run again in the backward pass."""
+
+        def forward_without_noise(*args: Any) -> Any:
+            self.layer.training = False
+            try:
+                return forward(*args)
+            finally:
+                self.layer.training = True
+
+        return self.checkpoint(forward_without_noise, *args)
+
+
+def _restore_checkpoints(model: nn.Module) -> None:
+    """Undo what `train_without_noise` did to layers with gradient checkpointing."""
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, _NoiselessCheckpoint):
+            module._gradient_checkpointing_func = checkpoint.checkpoint
 
 
 def _generators_restored(device: torch.device) -> AbstractContextManager[None]:
@@ -88,6 +120,7 @@ def global_state_restored(model: nn.Module, *, undo_checkpointing: bool) -> Iter
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         model.train(was_training)
+        _restore_checkpoints(model)
         if use_cache is not None:
             config.use_cache = use_cache
         if undo_checkpointing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -37,11 +37,7 @@ from fedmomentum.training.hf_trainer import (
     MomentsLoader,
     TrainableView,
 )
-from fedmomentum.training.isolation import (
-    dropout_off,
-    global_state_restored,
-    sdpa_backend_for,
-)
+from fedmomentum.training.isolation import global_state_restored, sdpa_backend_for
 from fedmomentum.training.optimizer_state import check_moments, read_moments, trained_parameters
 from fedmomentum.training.private_trainer import (
     PrivateTrainer,
@@ -176,9 +172,9 @@ def train(
     restored = global_state_restored(
         model, undo_checkpointing=bool(arguments.get("gradient_checkpointing"))
     )
-    steady = dropout_off(model) if objective.compares_pairs else nullcontext()
-    with attention, restored, steady, tempfile.TemporaryDirectory() as directory:
-        view = TrainableView(model)
+    with attention, restored, tempfile.TemporaryDirectory() as directory:
+        # Pairs are compared with a reference that was measured in evaluation mode.
+        view = TrainableView(model, without_noise=objective.compares_pairs)
         trainer_arguments = _training_arguments(
             arguments,
             **_device_arguments(next(iter(parameters.values())).device),
