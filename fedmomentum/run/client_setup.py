@@ -31,6 +31,7 @@ from fedmomentum.run.training_checks import check_dropout, choose_optimizer_stat
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.server.round_parts import train_request
 from fedmomentum.training.arguments import check_arguments
+from fedmomentum.training.optimizer import check_can_be_made
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def prepare_client(
     """
     refuse_devices(config)
     check_arguments(config.training.arguments)
+    check_can_be_made(config.training, config.federation.num_rounds)
     check_task(config)
     config = choose_private_dtype(config)
     check_privacy(config, make_method(config))

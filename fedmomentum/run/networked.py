@@ -36,6 +36,7 @@ from fedmomentum.server.round_steps import RoundSteps
 from fedmomentum.server.server import Server
 from fedmomentum.server.state import ServerState
 from fedmomentum.training.arguments import check_arguments
+from fedmomentum.training.optimizer import check_can_be_made
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -131,6 +132,7 @@ def _checked_settings(config: Config, method: Method) -> Config:
     """
     refuse_devices(config)
     check_arguments(config.training.arguments)
+    check_can_be_made(config.training, config.federation.num_rounds, schedule_only=True)
     config = choose_private_dtype(choose_optimizer_state(config, method))
     check_task(config)
     check_privacy(config, method)

@@ -36,6 +36,7 @@ from fedmomentum.run.tracking import check_trackers
 from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
 from fedmomentum.server.saved_run import committed_records, saved_method, saved_settings
 from fedmomentum.training.arguments import check_arguments
+from fedmomentum.training.optimizer import check_can_be_made
 from fedmomentum.utils.plugins import import_object
 from fedmomentum.utils.process import available_cpus
 from fedmomentum.utils.seeding import derive_seed
@@ -118,6 +119,7 @@ def outline_run(
     # Cheap checks come first, so that nothing is loaded for a configuration that cannot run.
     method = make_method(config)
     check_arguments(config.training.arguments)
+    check_can_be_made(config.training, config.federation.num_rounds)
     config = choose_private_dtype(choose_optimizer_state(config, method))
     check_task(config)
     check_privacy(config, method)

@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 
 from fedmomentum.errors import ConfigError, DataError, FedMomentumError, ModelError
 from fedmomentum.objectives.objective import CAUSAL_LM
@@ -20,7 +18,6 @@ from fedmomentum.training.arguments import (
     check_hyperparameters,
     check_optimizer,
     count_steps,
-    count_warmup_steps,
 )
 from fedmomentum.training.function import (
     TrainingFunction,
@@ -38,6 +35,12 @@ from fedmomentum.training.hf_trainer import (
     TrainableView,
 )
 from fedmomentum.training.isolation import global_state_restored, sdpa_backend_for
+from fedmomentum.training.optimizer import (
+    create_optimizer,
+    device_arguments,
+    trainer_arguments_from,
+    with_warmup,
+)
 from fedmomentum.training.optimizer_state import check_moments, read_moments, trained_parameters
 from fedmomentum.training.private_trainer import (
     PrivateTrainer,
@@ -164,7 +167,7 @@ def train(
         check_private_arguments(hyperparameters.arguments)
         check_private_device(model)
         num_steps = private.mechanism.num_steps
-    arguments = _with_warmup(hyperparameters.arguments, num_steps)
+    arguments = with_warmup(hyperparameters.arguments, num_steps)
 
     # Train in a directory that is deleted, and restore everything global that a trainer changes.
     recorder = LossRecorder(settings.get("on_step"))
@@ -175,9 +178,9 @@ def train(
     with attention, restored, tempfile.TemporaryDirectory() as directory:
         # Pairs are compared with a reference that was measured in evaluation mode.
         view = TrainableView(model, without_noise=objective.compares_pairs)
-        trainer_arguments = _training_arguments(
+        trainer_arguments = trainer_arguments_from(
             arguments,
-            **_device_arguments(next(iter(parameters.values())).device),
+            **device_arguments(next(iter(parameters.values())).device),
             **_batch_arguments(private, hyperparameters.batch_size),
             output_dir=directory,
             learning_rate=hyperparameters.learning_rate,
@@ -193,7 +196,7 @@ def train(
         }
         with _new_trainer(examples, settings["pad_token_id"], private, options) as trainer:
             trainer.remove_callback(PrinterCallback)
-            optimizer = _create_optimizer(trainer, num_steps)
+            optimizer = create_optimizer(trainer, num_steps)
             if moments is not None:
                 trainer.add_callback(MomentsLoader(optimizer, parameters, moments))
             trainer.train()
@@ -244,87 +247,6 @@ def _batch_arguments(private: PrivateSettings | None, batch_size: int) -> dict[s
     if private is None:
         return {"per_device_train_batch_size": batch_size}
     return {"per_device_train_batch_size": 1, "max_grad_norm": 0.0}
-
-
-def _with_warmup(arguments: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
-    """Return the user's arguments, with the warm-up as a number of steps.
-
-    Raises:
-        ConfigError: If the warm-up leaves no step at the full learning rate.
-    """
-    result = dict(arguments)
-    if "warmup_steps" in result:
-        result["warmup_steps"] = count_warmup_steps(num_steps, result)
-        # The plain constant schedule would ignore it.
-        result.setdefault("lr_scheduler_type", "constant_with_warmup")
-    return result
-
-
-def _device_arguments(device: torch.device) -> dict[str, Any]:
-    """Return the trainer's arguments that depend on the model's device."""
-    return {
-        "model_device": str(device),
-        "use_cpu": device.type == "cpu",
-        "dataloader_pin_memory": device.type == "cuda",
-    }
-
-
-def _training_arguments(arguments: dict[str, Any], **configured: Any) -> LocalTrainingArguments:
-    """Return the trainer's arguments.
-
-    Args:
-        arguments: The user's arguments.
-        configured: Arguments determined by the run.
-
-    Returns:
-        Both, plus those that keep the trainer silent.
-
-    Raises:
-        ConfigError: If transformers rejects a value, such as the name of an optimizer.
-    """
-    silent = {
-        # `LossRecorder` rejects NaN and Inf; the filter would read the loss twice more per step.
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    options = {"lr_scheduler_type": "constant", **arguments, **configured, **silent}
-    try:
-        return LocalTrainingArguments(**options)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"[training.arguments] cannot be used: {_first_line(error)}") from error
-
-
-def _create_optimizer(trainer: Trainer, num_steps: int) -> Optimizer:
-    """Create the trainer's optimizer and schedule, which it would otherwise create itself.
-
-    Returns:
-        The optimizer; the trainer wraps it when it starts.
-
-    Raises:
-        ConfigError: If the optimizer's package or an argument of the optimizer or schedule is
-            missing.
-    """
-    try:
-        trainer.create_optimizer_and_scheduler(num_training_steps=num_steps)
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
-        optimizer = getattr(trainer.args.optim, "value", trainer.args.optim)
-        schedule = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)
-        raise ConfigError(
-            f"[training.arguments]: the optimizer {optimizer} with the schedule {schedule} cannot "
-            f"be made: {_first_line(error)}"
-        ) from error
-    assert trainer.optimizer is not None
-    return trainer.optimizer
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the error's type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _check_finite(parameters: Iterable[Tensor], step: int, learning_rate: float) -> None:

@@ -15,6 +15,7 @@ from fedmomentum.config.training import LocalTraining
 from fedmomentum.data.examples import Example
 from fedmomentum.data.tokenization import tokenize
 from fedmomentum.errors import ConfigError, DataError
+from fedmomentum.run.client_setup import prepare_client
 from fedmomentum.training.arguments import check_arguments, count_steps, count_warmup_steps
 from tests.runs import prepare, start, timeless, tiny_config
 from tests.tiny import tiny_llama
@@ -204,24 +205,38 @@ def test_invalid_values_are_refused_by_name(arguments, message):
         ({"optim": "adam_w"}, "optim: transformers has no 'adam_w'"),
         (
             {"optim": "grokadamw"},  # of a package that is not installed
-            "the optimizer grokadamw with the schedule constant cannot be made: .*grokadamw",
+            "optim: the optimizer grokadamw cannot be made: .*grokadamw.*such as adamw_torch",
         ),
         ({"lr_scheduler_type": "wavy"}, "lr_scheduler_type: transformers has no 'wavy'"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            "lr_scheduler_type: reduce_lr_on_plateau follows evaluations .*; use constant",
+        ),
+        ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type: greedy follows evaluations"),
         (
             {"lr_scheduler_type": "cosine_with_min_lr"},
-            "schedule cosine_with_min_lr cannot be made: .*min_lr",
+            r"schedule cosine_with_min_lr cannot be made: .*kwargs = \{ min_lr_rate = 0.1 \}",
         ),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "cannot be made: .*num_decay_steps"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            r"cannot be made: .*'num_decay_steps'; .*kwargs = \{ num_decay_steps = 2 \}",
+        ),
         (
             {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"x": 1}},
-            "schedule cosine cannot be made",
+            "schedule cosine cannot be made: .*'x'; correct lr_scheduler_kwargs",
         ),
     ],
 )
-def test_optimizers_that_transformers_cannot_build_are_refused_by_name(folder, arguments, message):
+def test_optimizers_that_transformers_cannot_build_are_refused_by_name(
+    folder, tmp_path, arguments, message
+):
     with pytest.raises(ConfigError, match=message):
         train(new_model(folder), tokens_of(folder, 4), **DEFAULTS, arguments=arguments)
+    config = tiny_config(tmp_path, training={"arguments": arguments})
+    with pytest.raises(ConfigError, match=message):
+        prepare(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        prepare_client(config, "site0", tmp_path / "store")
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
