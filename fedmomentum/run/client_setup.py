@@ -27,7 +27,7 @@ from fedmomentum.run.setup import (
     training_function,
 )
 from fedmomentum.run.task import check_task, require_labels
-from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
+from fedmomentum.run.training_checks import check_dropout, check_sampling, choose_optimizer_state
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.server.round_parts import train_request
 from fedmomentum.training.arguments import check_arguments
@@ -71,6 +71,7 @@ def prepare_client(
     refuse_devices(config)
     check_arguments(config.training.arguments)
     check_can_be_made(config.training, config.federation.num_rounds)
+    check_sampling(config.training)
     check_task(config)
     config = choose_private_dtype(config)
     check_privacy(config, make_method(config))

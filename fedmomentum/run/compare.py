@@ -48,7 +48,7 @@ from fedmomentum.run.setup import (
     check_method,
     load_data,
 )
-from fedmomentum.run.training_checks import choose_optimizer_state
+from fedmomentum.run.training_checks import check_sampling, choose_optimizer_state
 from fedmomentum.server.saved_run import saved_settings
 from fedmomentum.utils.io import write_atomically, write_json
 from fedmomentum.utils.names import directory_name
@@ -171,6 +171,7 @@ def _runs_of_variant(
     if is_reference:  # a single client has no one to keep anything from
         config = replace(config, privacy=PrivacyConfig())
     if variant.kind == "centralized":
+        check_sampling(config.training, is_pooled=True)
         config = replace(config, lora=replace(config.lora, clients={}))
     if variant.kind != "local":
         method = make_method(config)

@@ -27,7 +27,7 @@ from fedmomentum.run.setup import (
 )
 from fedmomentum.run.task import check_task, require_labels
 from fedmomentum.run.tracking import TrackerCallback, check_trackers
-from fedmomentum.run.training_checks import choose_optimizer_state
+from fedmomentum.run.training_checks import check_sampling, choose_optimizer_state
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.server.checkpoint import RunDirectory
 from fedmomentum.server.handshake import handshake
@@ -133,6 +133,7 @@ def _checked_settings(config: Config, method: Method) -> Config:
     refuse_devices(config)
     check_arguments(config.training.arguments)
     check_can_be_made(config.training, config.federation.num_rounds, schedule_only=True)
+    check_sampling(config.training)
     config = choose_private_dtype(choose_optimizer_state(config, method))
     check_task(config)
     check_privacy(config, method)

@@ -33,7 +33,7 @@ from fedmomentum.run.privacy_checks import check_num_clients, check_privacy
 from fedmomentum.run.private_checks import check_private_run, choose_private_dtype
 from fedmomentum.run.task import check_task, find_labels
 from fedmomentum.run.tracking import check_trackers
-from fedmomentum.run.training_checks import check_dropout, choose_optimizer_state
+from fedmomentum.run.training_checks import check_dropout, check_sampling, choose_optimizer_state
 from fedmomentum.server.saved_run import committed_records, saved_method, saved_settings
 from fedmomentum.training.arguments import check_arguments
 from fedmomentum.training.optimizer import check_can_be_made
@@ -120,6 +120,7 @@ def outline_run(
     method = make_method(config)
     check_arguments(config.training.arguments)
     check_can_be_made(config.training, config.federation.num_rounds)
+    check_sampling(config.training)
     config = choose_private_dtype(choose_optimizer_state(config, method))
     check_task(config)
     check_privacy(config, method)

@@ -11,6 +11,7 @@ from fedmomentum.training.arguments import check_optimizer
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
     from fedmomentum.config.schema import Config
+    from fedmomentum.config.training import TrainingConfig
     from fedmomentum.data.tokenized import TokenizedExamples
     from fedmomentum.objectives.objective import Objective
 
@@ -90,6 +91,42 @@ def check_dropout(config: Config) -> None:
             f"lora.dropout must be 0 with training.objective = dpo; got {config.lora.dropout:g}. "
             "The rewards compare the model with the base model, and noise in one of them would "
             "count as a preference"
+        )
+
+
+def check_sampling(training: TrainingConfig, *, is_pooled: bool = False) -> None:
+    """Refuse rows in their given order if a round does not reach the last one.
+
+    Each round starts from the first row again, so the others would never be trained on.
+
+    Args:
+        training: The training settings.
+        is_pooled: Whether one client trains on the data of all, in one client's number of steps.
+
+    Raises:
+        ConfigError: If the rows are trained on in order, and a round is less than a pass.
+    """
+    strategy = training.arguments.get("train_sampling_strategy")
+    # A user's own function reads the arguments as it likes.
+    if strategy != "sequential" or training.function is not None:
+        return
+    if is_pooled:
+        raise ConfigError(
+            "training argument train_sampling_strategy = sequential cannot be used with the "
+            "reference centralized: it takes only as many steps as one client, so it would train "
+            "on the first client's rows in every round. Set it to random, or leave out centralized"
+        )
+    if training.local_epochs is None or training.local_epochs < 1:
+        given = (
+            f"local-steps = {training.local_steps}"
+            if training.local_epochs is None
+            else f"local-epochs = {training.local_epochs:g}"
+        )
+        raise ConfigError(
+            f"training argument train_sampling_strategy = sequential with {given}: each round "
+            "starts from a client's first row again, so the same first rows would be trained on in "
+            "every round, and the others never. Set training.local-epochs to 1 or more, or "
+            "train_sampling_strategy to random"
         )
 
 

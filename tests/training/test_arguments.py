@@ -16,6 +16,8 @@ from fedmomentum.data.examples import Example
 from fedmomentum.data.tokenization import tokenize
 from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.run.client_setup import prepare_client
+from fedmomentum.run.compare import plan_runs
+from fedmomentum.run.method_variants import parse_methods
 from fedmomentum.training.arguments import check_arguments, count_steps, count_warmup_steps
 from tests.runs import prepare, start, timeless, tiny_config
 from tests.tiny import tiny_llama
@@ -113,6 +115,20 @@ def test_a_run_with_a_client_smaller_than_a_batch_is_refused_by_name_before_it_s
     assert (
         row["accepted"] == ["site0", "site1", "site2"] and row["clients"]["site0"]["num_steps"] == 2
     )
+
+
+@pytest.mark.parametrize("amount", [{"local_steps": 4}, {"local_epochs": 0.5}])
+def test_rows_in_order_that_no_round_reaches_the_end_of_are_refused(tmp_path, amount):
+    (key, value), arguments = *amount.items(), {"train_sampling_strategy": "sequential"}
+    few = {"local_steps": None, "arguments": arguments} | amount
+    message = f"sequential with {key.replace('_', '-')} = {value}: .*local-epochs to 1 or more"
+    with pytest.raises(ConfigError, match=message):
+        prepare(tiny_config(tmp_path, training=few), tmp_path / "run")
+    all_rows = {"local_steps": None, "local_epochs": 1.0, "arguments": arguments}
+    config = tiny_config(tmp_path, training=all_rows)
+    prepare(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match="cannot be used with the reference centralized"):
+        plan_runs(config, parse_methods("fedit,centralized", config), [0], tmp_path / "compared")
 
 
 # ── warm-up ──
