@@ -84,6 +84,12 @@ class PrivacyError(FedMomentumError):
     """A training that a party's privacy ledger forbids, or an unusable ledger."""
 
 
+def failure_text(error: BaseException) -> str:
+    """Return an error's type and message, and where it arose if that was noted, on one machine."""
+    notes = [f"({note})" for note in getattr(error, "__notes__", [])]
+    return " ".join([f"{type(error).__name__}: {error}", *notes])
+
+
 # From a word with a path separator up to a quote, a bracket or a colon: file names may contain
 # spaces and commas.
 _PATH = re.compile(r"(?:[A-Za-z]:)?[^\s'\"(),;:=\[\]]*[/\\][^'\"()\[\]:\n]*")

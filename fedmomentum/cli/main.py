@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Annotated
 
 import typer
@@ -14,6 +17,8 @@ from fedmomentum.cli.data import data, init
 from fedmomentum.cli.options import ERR, OUT
 from fedmomentum.errors import FedMomentumError
 from fedmomentum.utils.process import INTERRUPTION, tune_malloc, wait_briefly
+
+LOG = logging.getLogger("fedmomentum")
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -57,7 +62,7 @@ def main() -> None:
     """Run the command line.
 
     A user's mistake gives one message and exit code 2, Ctrl-C gives exit code 130. `--debug` shows
-    the traceback instead.
+    the traceback instead, and those of failures that do not end the command.
     """
     # Accepted anywhere on the command line, with every command.
     debug = "--debug" in sys.argv
@@ -68,6 +73,11 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # if unset, tokenizers warn whenever a process is started
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    with _debug_records() if debug else nullcontext():
+        _run(arguments, debug)
+
+
+def _run(arguments: list[str], debug: bool) -> None:
     # End errors with a message and an exit code rather than a traceback.
     try:
         app(arguments, standalone_mode=True)
@@ -83,6 +93,22 @@ def main() -> None:
             raise
         ERR.print(f"fedmomentum: {message}", markup=False)
         sys.exit(EXIT_MISTAKE)
+
+
+@contextmanager
+def _debug_records() -> Iterator[None]:
+    """Show the package's log records of level DEBUG, which contain tracebacks."""
+    last_resort = logging.lastResort  # shows records while no view does
+    level, last_level = LOG.level, last_resort.level if last_resort else logging.WARNING
+    LOG.setLevel(logging.DEBUG)
+    if last_resort:
+        last_resort.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        LOG.setLevel(level)
+        if last_resort:
+            last_resort.setLevel(last_level)
 
 
 def _user_message(error: BaseException) -> str | None:

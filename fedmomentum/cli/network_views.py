@@ -162,7 +162,8 @@ class NodeView(NodeCallback):
         for logger in LOGGERS:
             logger.handlers = [self._log_handler]
             logger.propagate = False
-            logger.setLevel(logging.WARNING)
+            if logger.level != logging.DEBUG:
+                logger.setLevel(logging.WARNING)
         if self._console.is_terminal:
             self._progress.start()
         return self

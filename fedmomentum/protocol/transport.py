@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedmomentum.errors import FedMomentumError
+from fedmomentum.errors import FedMomentumError, failure_text
 from fedmomentum.utils.text import printable
 
 LOG = logging.getLogger("fedmomentum")
@@ -70,4 +70,4 @@ class InProcessTransport:
         except Exception as error:  # the round continues without this client
             if not isinstance(error, FedMomentumError):
                 LOG.debug("client %s failed", client_id, exc_info=error)
-            return Failure(printable(f"{type(error).__name__}: {error}"))
+            return Failure(printable(failure_text(error)))

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from fedmomentum.errors import FedMomentumError, public_text
+from fedmomentum.errors import FedMomentumError, failure_text, public_text
 from fedmomentum.server.callbacks import Callback
 from fedmomentum.utils.process import quiet_advice, tune_malloc
 
@@ -145,7 +145,7 @@ class Reporter(Callback):
 
 def describe_error(error: Exception) -> bytes:
     """Return the body of an error's frame: a text that may leave the machine, and the full one."""
-    versions = {"text": public_text(error), "detail": f"{type(error).__name__}: {error}"}
+    versions = {"text": public_text(error), "detail": failure_text(error)}
     return json.dumps(versions).encode()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, Unpack
@@ -148,11 +149,14 @@ def check_report(
             "fedmomentum.training.TrainReport"
         )
     result: TrainReport = report
-    if not isinstance(result.num_steps, int) or result.num_steps < 0:
-        raise ConfigError(
-            f"the training function {function!r} reported num_steps = {result.num_steps!r}; "
-            "wanted a whole number, at least 0"
-        )
+    for name in ("num_steps", "num_tokens"):
+        number = _whole_number(getattr(result, name))
+        if number is None or number < 0:
+            raise ConfigError(
+                f"the training function {function!r} reported {name} = "
+                f"{getattr(result, name)!r}; wanted a whole number, at least 0"
+            )
+        result = replace(result, **{name: number})
     if result.learning_rate_sum is None:
         result = replace(result, learning_rate_sum=learning_rate * result.num_steps)
     for name in ("loss", "first_loss", "last_loss", "learning_rate_sum"):
@@ -166,6 +170,14 @@ def check_report(
         return replace(result, moments=None)
     _check_reported_moments(result.moments, function, parameters)
     return result
+
+
+def _whole_number(value: Any) -> int | None:
+    """Return a whole number of any library, such as NumPy's, as an int; None for other values."""
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # such as a tensor of several numbers
+        return None
 
 
 def _check_reported_moments(

@@ -48,6 +48,7 @@ from fedmomentum.training.private_trainer import (
     check_private_device,
 )
 from fedmomentum.training.unit_gradients import UnitGradients
+from fedmomentum.utils.plugins import place_of
 
 if TYPE_CHECKING:
     from fedmomentum.config.training import LocalTraining
@@ -104,7 +105,14 @@ def run_training(
         parameters = trained_parameters(model)
         check_moments(moments, parameters)
         keywords["moments"] = moments
-    report = function(model, examples, **keywords)
+    try:
+        report = function(model, examples, **keywords)
+    except FedMomentumError:
+        raise
+    except Exception as error:
+        # Without the line it could not be found, since other clients go on.
+        error.add_note(place_of(error))
+        raise
     return check_report(
         report, function, learning_rate=hyperparameters.learning_rate, parameters=parameters
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
+from pathlib import Path
 from typing import Any
 
 from fedmomentum.errors import ConfigError
@@ -32,3 +35,22 @@ def import_object(reference: str, key: str) -> Any:
         raise ConfigError(f"{key} {reference!r} cannot be imported: {error}") from error
     finally:
         sys.path.pop(0)
+
+
+def place_of(error: BaseException) -> str:
+    """Return where the user's code raised an error or called what did: file, line and function.
+
+    That is the last frame outside of this package, the standard library and installed packages; if
+    there is none, the last frame.
+    """
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    libraries = [*paths, str(Path(__file__).parents[1])]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith("<frozen")
+        and not any(Path(frame.filename).is_relative_to(library) for library in libraries)
+    ]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}, line {frame.lineno}, in {frame.name}"

@@ -80,7 +80,8 @@ def log_file(file: Path, *, delay: bool = False) -> Iterator[logging.Handler]:
     logger = logging.getLogger("fedmomentum")
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    if level != logging.DEBUG:
+        logger.setLevel(logging.INFO)
     try:
         yield handler
     finally:

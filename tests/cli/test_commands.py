@@ -1,6 +1,7 @@
 """The user's path: commands, what they print, and how mistakes end."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from fedmomentum.config.toml import to_toml
 from fedmomentum.formats.directories import retained_rounds
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.utils.terminal import log_file
 from tests.runs import chain, start, timeless, tiny_config, write_data
 from tests.tiny import tiny_llama
 
@@ -410,6 +412,30 @@ def test_debug_shows_the_traceback(call):
 
     with pytest.raises(ConfigError):
         call("--debug", "run", "nowhere.toml")
+
+
+def test_debug_shows_tracebacks_that_are_only_logged(call, monkeypatch, tmp_path):
+    logger = logging.getLogger("fedmomentum")
+
+    def command(arguments, standalone_mode):
+        with log_file(tmp_path / "run.log"):
+            try:
+                raise KeyError("boom")
+            except KeyError as error:
+                logger.debug("client north failed", exc_info=error)
+        try:
+            raise KeyError("boom")
+        except KeyError as error:
+            logger.debug("client south failed", exc_info=error)
+
+    monkeypatch.setattr(main, "app", command)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
+    assert call("run") == (0, "", "") and not (tmp_path / "run.log").read_text()
+    _, _, err = call("run", "--debug")
+    assert "client south failed\nTraceback" in err and "KeyError: 'boom'" in err
+    log = (tmp_path / "run.log").read_text()
+    assert "client north failed\nTraceback" in log and "KeyError: 'boom'" in log
+    assert call("run") == (0, "", "")
 
 
 def test_an_unknown_option_ends_with_2(call):

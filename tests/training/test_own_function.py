@@ -3,16 +3,18 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from fedmomentum.aggregation.moments import Moments
 from fedmomentum.config.training import LocalTraining
-from fedmomentum.errors import ConfigError, ModelError
+from fedmomentum.errors import ConfigError, ModelError, QuorumError
 from fedmomentum.training import TrainReport
 from fedmomentum.training.optimizer_state import read_moments, set_moments, trained_parameters
 from fedmomentum.training.trainer import run_training
 from tests.helpers import generator
+from tests.runs import start, tiny_config
 from tests.tiny import PAD_TOKEN_ID, tiny_llama
 from tests.training.moments import bad_moments, random_moments
 from tests.training.test_trainer import adapter_of, new_model, same_bits, tokens_of
@@ -125,6 +127,9 @@ def test_a_custom_function_is_not_called_with_moments_that_do_not_fit(llama):
     [
         ({"num_steps": -1}, "num_steps = -1"),
         ({"num_steps": "two"}, "num_steps = 'two'"),
+        ({"num_tokens": 7.0}, "num_tokens = 7.0; wanted a whole number"),
+        ({"num_tokens": torch.ones(2)}, "num_tokens = tensor"),
+        ({"num_tokens": -7}, "num_tokens = -7"),
         ({"learning_rate_sum": math.inf}, "learning_rate_sum = inf"),
         ({"learning_rate_sum": "much"}, "learning_rate_sum = 'much'"),
     ],
@@ -135,3 +140,32 @@ def test_numbers_reported_by_a_custom_function_are_checked(llama, change, messag
 
     with pytest.raises(ConfigError, match=message):
         run_own(function, new_model(llama), tokens_of(llama), None)
+
+
+def test_whole_numbers_of_any_library_may_be_reported(llama):
+    def function(model, examples, **_):
+        return TrainReport(1.0, 1.0, 1.0, np.int64(2), torch.tensor(7))
+
+    report = run_own(function, new_model(llama), tokens_of(llama), None)
+    assert (type(report.num_steps), type(report.num_tokens)) == (int, int)
+    assert (report.num_steps, report.num_tokens) == (2, 7)
+
+
+def test_an_exception_in_a_custom_function_names_the_users_own_line(llama):
+    def function(model, examples, **_):
+        torch.ones(2).view(3)
+
+    with pytest.raises(RuntimeError) as caught:
+        run_own(function, new_model(llama), tokens_of(llama), None)
+    line = function.__code__.co_firstlineno + 1
+    assert caught.value.__notes__ == [f"{__file__}, line {line}, in function"]
+
+
+def test_a_client_that_a_run_goes_on_without_names_the_line_of_the_users_file(tmp_path):
+    def function(model, examples, **_):
+        raise KeyError("boom")
+
+    config = tiny_config(tmp_path, federation={"num_rounds": 1})
+    line = function.__code__.co_firstlineno + 1
+    with pytest.raises(QuorumError, match=rf"KeyError: 'boom' \({__file__}, line {line}, in"):
+        start(config, tmp_path / "run", function=function)
