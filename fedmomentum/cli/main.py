@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -23,6 +24,8 @@ LOG = logging.getLogger("fedmomentum")
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+STRICT_HANDLERS = ("strict", "surrogateescape")
+"""Python's default handlers for characters that cannot be encoded; a user's own choice is kept."""
 
 # Help is plain text. If rich is installed, typer would still escape the brackets of defaults.
 typer.core.HAS_RICH = False
@@ -67,6 +70,7 @@ def main() -> None:
     # Accepted anywhere on the command line, with every command.
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    _replace_unencodable()
     INTERRUPTION.listen()
     tune_malloc()
     wait_briefly()
@@ -93,6 +97,17 @@ def _run(arguments: list[str], debug: bool) -> None:
             raise
         ERR.print(f"fedmomentum: {message}", markup=False)
         sys.exit(EXIT_MISTAKE)
+
+
+def _replace_unencodable() -> None:
+    """Print "?" for characters that the encoding of the output does not have, such as latin-1's.
+
+    Otherwise a single one, such as a dash, would end the command.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A test or another program may have put an object of another kind in its place.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in STRICT_HANDLERS:
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

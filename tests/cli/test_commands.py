@@ -438,6 +438,19 @@ def test_debug_shows_tracebacks_that_are_only_logged(call, monkeypatch, tmp_path
     assert call("run") == (0, "", "")
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_an_encoding_without_our_characters_does_not_end_a_command(encoding):
+    ended = subprocess.run(
+        [sys.executable, "-m", "fedmomentum", "methods"],
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "80"},
+    )
+    assert ended.returncode == 0 and not ended.stderr, ended.stderr
+    text = ended.stdout.decode(encoding)
+    assert "fedmomentum" in text and (encoding == "utf-8") == ("?" not in text)
+
+
 def test_an_unknown_option_ends_with_2(call):
     assert call("run", "--colour")[0] == 2
     assert call("--help")[0] == 0
