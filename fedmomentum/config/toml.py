@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from fedmomentum.config.fields import check_numbers, describe_value
 from fedmomentum.config.privacy import DPConfig
 from fedmomentum.config.schema import Config
-from fedmomentum.config.toml_values import format_value, quote
+from fedmomentum.config.toml_values import format_value, parse_value, quote, split_setting
 from fedmomentum.errors import ConfigError
 from fedmomentum.utils.text import printable
 
@@ -116,27 +116,13 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return from_dict(table)
 
 
-def parse_value(text: str) -> Any:
-    """Return a value given on the command line: TOML, or the text itself where it is not TOML.
-
-    So `method.name=fedit` needs no quotes.
-    """
-    try:
-        table = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):
-        return text
-    # A line break in the text may have started a second key.
-    return table["value"] if table.keys() == {"value"} else text
-
-
 def _apply_override(table: dict[str, Any], override: str) -> None:
     """Set one `section.key=value` in the tables of a configuration, in place.
 
     Without a value, `section.key=`, the key is left out, as if the file did not have it.
     """
-    key, equals, text = override.partition("=")
-    names = key.strip().split(".")
-    if not equals or len(names) < 2:
+    names, text = split_setting(override)
+    if text is None or len(names) < 2:
         raise ConfigError(
             f"{override!r} is no setting; write section.key=value, e.g. federation.num-rounds=3"
         )
@@ -249,7 +235,10 @@ def _check_type(value: Any, hint: Any, key: str) -> Any:
         is_table = dataclasses.is_dataclass(kind)
         names.append("table" if is_table else getattr(kind, "__name__", str(kind)))
     wanted = " or ".join(name for name in names if name != "NoneType")
-    raise ConfigError(f"{printable(key)} must be of type {wanted}; got {describe_value(value)}")
+    shown = describe_value(value)
+    if str in alternatives and isinstance(value, int) and not isinstance(value, bool):
+        shown += f", a number; a text is put in quotes, on the command line '{key}=\"{value}\"'"
+    raise ConfigError(f"{printable(key)} must be of type {wanted}; got {shown}")
 
 
 def resolve_paths(config: Config, directory: Path) -> Config:

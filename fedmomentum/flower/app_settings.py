@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from fedmomentum.config.toml import from_dict, parse_value, resolve_paths
+from fedmomentum.config.toml import from_dict, resolve_paths
+from fedmomentum.config.toml_values import parse_value
 from fedmomentum.errors import ConfigError
 from fedmomentum.utils.names import check_client_name, directory_name
 from fedmomentum.utils.schema import Schema, validation_message

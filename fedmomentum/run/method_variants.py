@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedmomentum.config.schema import Config, MethodConfig
-from fedmomentum.config.toml import apply_overrides, parse_value
+from fedmomentum.config.toml import apply_overrides
+from fedmomentum.config.toml_values import parse_value, split_outside, split_setting
 from fedmomentum.errors import ConfigError
 from fedmomentum.run.method import make_method
 from fedmomentum.run.references import REFERENCES
 from fedmomentum.utils.names import readable_name
 
-_METHOD_SECTIONS = ("training.", "lora.", "federation.")
+_METHOD_SECTIONS = ("training", "lora", "federation")
 """Sections that may differ between methods; data and evaluation must be the same for all."""
 
 
@@ -47,6 +48,8 @@ def parse_methods(text: str, config: Config) -> list[MethodVariant]:
 
     `[method.settings]` applies to the method that `[method]` names.
 
+    Commas, semicolons and colons within quotes and brackets belong to a value.
+
     A name is that of a built-in method, of a reference, or `module:Class` for the user's own
     method. A key with a dot, such as `training.learning-rate`, is a setting of the run for this
     variant only; any other key is a setting of the method.
@@ -56,12 +59,16 @@ def parse_methods(text: str, config: Config) -> list[MethodVariant]:
             reference is given a method's setting, or a setting must be the same for all.
     """
     variants: list[MethodVariant] = []
-    for label in filter(None, (part.strip() for part in text.split(","))):
+    try:
+        labels = split_outside(text, ",")
+    except ConfigError as error:
+        raise ConfigError(f"--methods: {error}") from None
+    for label in filter(None, (part.strip() for part in labels)):
         name, rest = _split_label(label)
         settings = dict(config.method.settings) if name == config.method.name else {}
         overrides = []
         # Keys with a dot belong to the run, the others to the method.
-        for pair in filter(None, (part.strip() for part in rest.split(";"))):
+        for pair in filter(None, (part.strip() for part in split_outside(rest, ";"))):
             key, equals, value = pair.partition("=")
             if not equals:
                 raise ConfigError(
@@ -76,11 +83,11 @@ def parse_methods(text: str, config: Config) -> list[MethodVariant]:
         method = MethodConfig("fedit" if name in REFERENCES else name, settings)
         # Data, seeds and evaluation must be the same for all methods.
         for override in overrides:
-            if not override.startswith(_METHOD_SECTIONS) or override.startswith(
-                "federation.num-rounds"
-            ):
+            key, _ = split_setting(override)
+            if key[0] not in _METHOD_SECTIONS or key[:2] == ["federation", "num-rounds"]:
                 raise ConfigError(
-                    f"{override!r} in {label!r}: only {', '.join(_METHOD_SECTIONS)} can differ "
+                    f"{override!r} in {label!r}: only settings of "
+                    f"{', '.join(f'[{section}]' for section in _METHOD_SECTIONS)} can differ "
                     "between methods"
                 )
         try:
@@ -104,10 +111,15 @@ def parse_methods(text: str, config: Config) -> list[MethodVariant]:
 def _split_label(label: str) -> tuple[str, str]:
     """Return the name and the settings of a label.
 
-    The name of a user's method contains a colon itself, so settings are recognized by their "=".
+    The name of a user's method contains a colon itself, so settings are recognized by the first
+    "=": the colon before its key ends the name.
     """
-    name, _, settings = label.rpartition(":")
-    return (name, settings) if "=" in settings else (label, "")
+    before, *values = split_outside(label, "=")
+    *names, _ = split_outside(before, ":")
+    if not values or not names:
+        return label, ""
+    name = ":".join(names)
+    return name, label[len(name) + 1 :]
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -74,6 +74,35 @@ def test_overrides(tmp_path):
     assert config.model.name == "some/model"
 
 
+def test_overrides_name_clients_with_dots_in_quotes(tmp_path):
+    file = write(tmp_path, '[data.client-files]\n"north.eu" = "a.jsonl"\nsouth = "b.jsonl"\n')
+    changed = [
+        'data.client-files."north.eu"=c.jsonl',
+        "data.client-files.'a=b'=d=e.jsonl",
+        'lora.clients . "north.eu".rank = 2',
+        "data.client-files.o'neil=f.jsonl",
+        "data.client-files.south=",
+    ]
+    config = load_config(file, changed)
+    assert config.data.client_files == {
+        "north.eu": "c.jsonl",
+        "a=b": "d=e.jsonl",
+        "o'neil": "f.jsonl",
+    }
+    assert config.lora.clients == {"north.eu": {"rank": 2}}
+    without = apply_overrides(config, ['data.client-files."north.eu"='])
+    assert sorted(without.data.client_files) == ["a=b", "o'neil"]
+
+
+def test_a_number_given_for_a_text_is_refused_with_how_to_quote_it(tmp_path):
+    file = write(tmp_path, "")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["model.revision=1234567"])
+    hint = "got 1234567, a number; a text is put in quotes, on the command line "
+    assert str(caught.value).endswith(hint + "'model.revision=\"1234567\"'")
+    assert load_config(file, ['model.revision="1234567"']).model.revision == "1234567"
+
+
 def test_paths_are_relative_to_the_configuration_file(tmp_path):
     (tmp_path / "a.jsonl").touch()
     config = load_config(

@@ -113,6 +113,29 @@ def test_a_method_may_have_settings_of_the_run_for_itself(folder):
     } == {config.data.source}
 
 
+def test_values_may_hold_commas_semicolons_and_colons(folder):
+    asked = (
+        'fedit:lora.target-modules=["q_proj", "v_proj"], fedit:training.function=json:dumps;'
+        "lora.rank=1,fedit:lora.target-modules=.*(q|v)_[a-z]{1,9},"
+        'fedmomentum:split=singular;lora.clients={"a,b:c;d"={rank=1}},'
+        "fedmomentum.aggregation.methods.fedit:FedIT:training.function=json:dumps"
+    )
+    variants = parse_methods(asked, settings(folder))
+    assert [(one.method.name, one.overrides) for one in variants] == [
+        ("fedit", ('lora.target-modules=["q_proj", "v_proj"]',)),
+        ("fedit", ("training.function=json:dumps", "lora.rank=1")),
+        ("fedit", ("lora.target-modules=.*(q|v)_[a-z]{1,9}",)),
+        ("fedmomentum", ('lora.clients={"a,b:c;d"={rank=1}}',)),
+        ("fedmomentum.aggregation.methods.fedit:FedIT", ("training.function=json:dumps",)),
+    ]
+    planned_runs = plan_runs(settings(folder), variants[:3], [7], folder / "values")
+    assert [one.config.lora.target_modules for one in planned_runs[::2]] == [
+        ["q_proj", "v_proj"],
+        ".*(q|v)_[a-z]{1,9}",
+    ]
+    assert planned_runs[1].config.training.function == "json:dumps"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -125,6 +148,8 @@ def test_a_method_may_have_settings_of_the_run_for_itself(folder):
         ("local:x=1", "has no settings of its own"),
         ("fedit:run.seed=3", "can differ between methods"),
         ("fedit:federation.num-rounds=3", "can differ"),
+        ('fedit:federation."num-rounds"=3', "can differ"),
+        ('fedit:lora.target-modules=["q_proj",v', "--methods: a quote or a bracket is not closed"),
         ("fedit:training.rate=3", "unknown key"),
         ("fedmomentum:split", "cannot be imported"),
         ("fedmomentum:split=a;b", "is no setting"),
