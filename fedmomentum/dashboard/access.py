@@ -42,6 +42,7 @@ class Access:
 
     Attributes:
         token: The token that the URL must contain once; None if the page is local.
+        host: The name or address to open the page by.
     """
 
     def __init__(self, host: str, addresses: Sequence[str], port: int) -> None:
@@ -54,6 +55,9 @@ class Access:
         if not self._is_local:
             self.token = secrets.token_urlsafe(32)
             self._names |= {host.lower(), socket.gethostname().lower()}
+        # A local page does not go by other names, which another site could point here.
+        is_known = self._is_known([f"[{host}]" if ":" in host else host])
+        self.host = host if is_known or not self._is_local else addresses[0]
 
     def refuse(self, scope: Scope) -> Response | None:
         """Return the response to an unauthorized request; None if the request is authorized."""

@@ -57,7 +57,7 @@ def main() -> None:
     try:
         with Listener(site, setup.host, setup.port, limits=LIMITS) as listener:
             site.access = Access(setup.host, listener.addresses(), listener.port)
-            url = page_url(setup.host, listener.port, site.access.token)
+            url = page_url(site.access.host, listener.port, site.access.token)
             pipe.send_bytes(Frame.READY + json.dumps({"url": url}).encode())
             # Nothing else is ever received; the pipe closes when the run's process ends.
             with contextlib.suppress(EOFError, OSError):

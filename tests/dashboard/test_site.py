@@ -8,6 +8,7 @@ import pytest
 
 from fedmomentum.dashboard import access as access_module
 from fedmomentum.dashboard import feed, site
+from fedmomentum.dashboard.process import page_url
 from fedmomentum.report.live_page import LivePage
 from fedmomentum.web.limits import ConnectionLimits
 from tests.dashboard.serving import StaticPage, Viewer, ask, serving
@@ -229,6 +230,26 @@ def test_which_addresses_are_this_machines_own(address, wanted):
     assert access_module.is_local(address) == wanted
     assert (access_module.Access("somewhere", [address], 1).token is None) == wanted
     assert access_module.Access("localhost", ["127.0.0.1", "192.0.2.7"], 1).token is not None
+
+
+@pytest.mark.parametrize(
+    ("host", "addresses", "wanted"),
+    [
+        ("myhost", ["127.0.1.1"], "127.0.1.1"),
+        ("localhost", ["127.0.0.1", "::1"], "localhost"),
+        ("127.0.0.2", ["127.0.0.2"], "127.0.0.2"),
+        ("::1", ["::1"], "::1"),
+        ("0.0.0.0", ["0.0.0.0"], "0.0.0.0"),
+        ("fed.example.org", ["192.0.2.7"], "fed.example.org"),
+    ],
+)
+def test_the_page_is_opened_by_a_name_that_it_answers_to(host, addresses, wanted):
+    access = access_module.Access(host, addresses, 9444)
+    assert access.host == wanted
+    name = page_url(access.host, 9444, None).removeprefix("http://").strip("/")
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b""}
+    refusal = access.refuse({**scope, "headers": [(b"host", name.encode())]})
+    assert refusal is None or refusal.status_code == 401
 
 
 # ── the stream ──
