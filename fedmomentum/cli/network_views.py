@@ -239,7 +239,9 @@ class NodeView(NodeCallback):
 
 
 def status_table(status: StatusFile, now: float) -> Table:
-    """Return a table of the status of a served run.
+    """Return a table of the status of a run.
+
+    Clients on this machine have no connection, so only a served run has a column for it.
 
     Args:
         status: The contents of its `status.json`.
@@ -247,9 +249,10 @@ def status_table(status: StatusFile, now: float) -> Table:
     """
     has_ended = status.phase == "ended"
     is_stale = now - status.written > STALE_SECONDS
+    online_column = ["online"] if status.networked else []
     table = Table(
         name_column("client"),
-        "online",
+        *online_column,
         "state",
         "left",
         "rounds",
@@ -270,7 +273,7 @@ def status_table(status: StatusFile, now: float) -> Table:
             online = Text("?")
         table.add_row(
             Text(printable(name, 80)),
-            online,
+            *([online] if status.networked else []),
             Text(printable(client.state, 80)),
             remaining,
             str(client.rounds),
@@ -300,5 +303,6 @@ def _status_title(status: StatusFile, now: float) -> str:
     if status.version:
         title += f"; base version {status.version[:16]}"
     if age > STALE_SECONDS and not has_ended:
-        title += f"; written {age:.0f} s ago: the server is busy, or gone"
+        writer = "server" if status.networked else "run"
+        title += f"; written {age:.0f} s ago: the {writer} is busy, or gone"
     return title

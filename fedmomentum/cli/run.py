@@ -34,6 +34,8 @@ from fedmomentum.errors import ConfigError, FedMomentumError
 if TYPE_CHECKING:
     from fedmomentum.run.compare import PlannedRun
 
+DEFAULT_TARGET = 0.5
+
 
 def run(
     config: ConfigFile,
@@ -154,7 +156,7 @@ def compare(
     ] = None,
     target: Annotated[
         float, typer.Option("--target", help="count rounds, bytes and time up to this exact match")
-    ] = 0.5,
+    ] = DEFAULT_TARGET,
     base: BaseOption = "",
     data: DataOption = None,
 ) -> None:
@@ -249,21 +251,40 @@ def report(
         Path | None,
         typer.Option(
             "--out",
-            help="several runs: directory for comparison.html [default: the current one]",
+            help="directory for comparison.html [default: the comparison's; for several runs, the "
+            "current one]",
         ),
     ] = None,
     target: Annotated[
-        float, typer.Option("--target", help="several runs: count rounds up to this exact match")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            "--target",
+            help=f"several runs: count rounds up to this exact match [default: {DEFAULT_TARGET:g}]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Rewrite report.html of a run, or comparison.html of a comparison or of several runs."""
     from fedmomentum.report import write_comparison_page, write_report
     from fedmomentum.results.comparison import COMPARISON
 
-    check_target(target)
-    is_run = len(directories) == 1 and not (directories[0] / COMPARISON).is_file()
-    if is_run:
+    is_comparison = (directories[0] / COMPARISON).is_file()
+    if len(directories) == 1 and target is not None:
+        advice = (
+            "a comparison keeps the target that it was made with; run compare again with --target"
+            if is_comparison
+            else "give several runs, or leave it out"
+        )
+        raise ConfigError(f"--target is for the report of several runs; {advice}")
+    if len(directories) == 1 and not is_comparison:
+        if out is not None:
+            raise ConfigError(
+                f"--out is for comparison.html; the report of a run is written to "
+                f"{directories[0] / 'report.html'}: leave --out out, and copy that file"
+            )
         page = write_report(directories[0])
     else:
+        target = DEFAULT_TARGET if target is None else target
+        check_target(target)
         page = write_comparison_page(directories, out=out, target=target)
     OUT.print(str(page), markup=False, soft_wrap=True)

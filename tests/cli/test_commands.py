@@ -186,6 +186,16 @@ def test_compare_resumes_and_prints_the_results(folder, tmp_path, call):
         assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, wrong
     code, _, err = call("report", out, runs[0])
     assert code == 2 and "not both together" in err
+    for words, message in (
+        ([out, "--target", "0.1"], "run compare again with --target"),
+        ([runs[0], "--target", "0.1"], "--target is for the report of several runs"),
+        ([runs[0], "--out", tmp_path / "three"], "the report of a run is written to"),
+    ):
+        code, _, err = call("report", *words)
+        assert code == 2 and message in err.replace("\n", " "), err
+    assert not (tmp_path / "three").exists()
+    assert call("report", out, "--out", tmp_path / "three")[0] == 0
+    assert (tmp_path / "three" / "comparison.html").is_file()
 
 
 def test_ctrl_c_in_a_comparison_prints_how_to_resume(folder, tmp_path, call, monkeypatch):

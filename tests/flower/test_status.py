@@ -65,6 +65,16 @@ def test_after_the_end_no_client_is_online_or_working(status, tmp_path):
     assert " yes " not in text and " ? " not in text and "busy" not in text and "ended" in text
 
 
+def test_clients_of_a_run_on_this_machine_are_neither_online_nor_offline(tmp_path):
+    found = StatusWriter(tmp_path, 5, networked=False)
+    found.on_round_begin(2, ["north", "south"])
+    found.on_task_sent("north", 1000, 60.0)
+    read = read_status(tmp_path)
+    text = shown(read, read.written + 1)
+    assert "online" not in text and " no " not in text and " asked " in row(text, "north")
+    assert "the run is busy" in shown(read, read.written + STALE_SECONDS + 1)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
