@@ -83,8 +83,8 @@ def parse_methods(text: str, config: Config) -> list[MethodVariant]:
         method = MethodConfig("fedit" if name in REFERENCES else name, settings)
         # Data, seeds and evaluation must be the same for all methods.
         for override in overrides:
-            key, _ = split_setting(override)
-            if key[0] not in _METHOD_SECTIONS or key[:2] == ["federation", "num-rounds"]:
+            names, _ = split_setting(override)
+            if names[0] not in _METHOD_SECTIONS or names[:2] == ["federation", "num-rounds"]:
                 raise ConfigError(
                     f"{override!r} in {label!r}: only settings of "
                     f"{', '.join(f'[{section}]' for section in _METHOD_SECTIONS)} can differ "

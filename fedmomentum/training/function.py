@@ -149,6 +149,7 @@ def check_report(
             "fedmomentum.training.TrainReport"
         )
     result: TrainReport = report
+    counts = {}
     for name in ("num_steps", "num_tokens"):
         number = _whole_number(getattr(result, name))
         if number is None or number < 0:
@@ -156,7 +157,8 @@ def check_report(
                 f"the training function {function!r} reported {name} = "
                 f"{getattr(result, name)!r}; wanted a whole number, at least 0"
             )
-        result = replace(result, **{name: number})
+        counts[name] = number
+    result = replace(result, num_steps=counts["num_steps"], num_tokens=counts["num_tokens"])
     if result.learning_rate_sum is None:
         result = replace(result, learning_rate_sum=learning_rate * result.num_steps)
     for name in ("loss", "first_loss", "last_loss", "learning_rate_sum"):

@@ -54,9 +54,10 @@ def train_without_noise(model: nn.Module) -> None:
         if type(module) is nn.Linear or is_quantized(module):
             module.training = True
         elif isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            module.training = True
-            checkpoint = module._gradient_checkpointing_func
-            module._gradient_checkpointing_func = _NoiselessCheckpoint(module, checkpoint)
+            layer: Any = module
+            layer.training = True
+            checkpoint = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = _NoiselessCheckpoint(layer, checkpoint)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class _NoiselessCheckpoint:
 
 def _restore_checkpoints(model: nn.Module) -> None:
     """Undo what `train_without_noise` did to layers with gradient checkpointing."""
+    module: Any
     for module in model.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, _NoiselessCheckpoint):
