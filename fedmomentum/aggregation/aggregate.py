@@ -9,6 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fedmomentum.aggregation.adapter_checks import (
+    check_finite,
+    check_offline_weights,
+    check_same_experts,
+)
 from fedmomentum.aggregation.client_updates import ClientUpdates
 from fedmomentum.aggregation.method import AggregationContext, Method, ModuleAggregate
 from fedmomentum.aggregation.methods.fedmomentum import FedMomentum
@@ -18,7 +23,6 @@ from fedmomentum.linalg.low_rank import LowRank, result_dtype, zeros
 from fedmomentum.linalg.matrix import LazySequence, Matrix, rank_bound, scale
 from fedmomentum.lora.adapter import Adapter, check_size
 from fedmomentum.lora.base_names import check_same_base
-from fedmomentum.lora.peft_layout import stacks
 from fedmomentum.utils.seeding import module_seed
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined, unused-ignore]
@@ -154,11 +158,11 @@ def aggregate_adapters(
     if not adapters:
         raise AdapterError("no adapters to combine; give at least one")
     weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
-    _check_offline_weights(weights, len(adapters))
+    check_offline_weights(weights, len(adapters))
     for adapter in adapters:
         check_size(adapter)
     check_same_base(adapters)
-    _check_same_experts(adapters)
+    check_same_experts(adapters)
     # Default to the scaling that all adapters share.
     scalings = {s for adapter in adapters for s in adapter.scalings.values()}
     if scaling is None:
@@ -174,7 +178,7 @@ def aggregate_adapters(
         method or FedMomentum(),
         context,
     )
-    _check_finite(result)
+    check_finite(result)
     return result
 
 
@@ -327,18 +331,6 @@ def _saved_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in adapter.saved.items()}
 
 
-def _check_offline_weights(weights: Sequence[float], num_adapters: int) -> None:
-    if len(weights) != num_adapters:
-        raise AdapterError(
-            f"one weight per adapter: got {num_adapters} adapters and {len(weights)} weights"
-        )
-    total = sum(weights)
-    is_positive = all(0 < weight < math.inf for weight in weights)
-    # The sum may overflow, and the smallest weight may underflow when divided by it.
-    if not is_positive or not 0 < min(weights) / total < math.inf:
-        raise AdapterError(f"weights must be positive numbers with a finite sum; got {weights}")
-
-
 def largest_rank(adapters: Sequence[Adapter]) -> int:
     """Return the largest rank of any module of the adapters."""
     return max(matrix.rank for adapter in adapters for matrix in adapter.modules.values())
@@ -366,38 +358,3 @@ def _module_ranks(adapters: Sequence[Adapter], rank: int | None) -> dict[str, in
     # PEFT allows ranks above a module's full rank.
     wanted = largest_rank(adapters) if rank is None else rank
     return {module: min(wanted, full) for module, full in sorted(full_ranks.items())}
-
-
-def _check_same_experts(adapters: Sequence[Adapter]) -> None:
-    """Reject adapters that have different numbers of experts in the same parameter."""
-    first_owner: dict[str, tuple[int, str]] = {}
-    for adapter in adapters:
-        for parameter, experts in stacks(adapter.modules, adapter.name).items():
-            number, owner = first_owner.setdefault(parameter, (len(experts), adapter.name))
-            if number != len(experts):
-                raise AdapterError(
-                    f"{parameter} has {number} experts in {owner} and {len(experts)} in "
-                    f"{adapter.name}; the adapters are of different models"
-                )
-
-
-def _check_finite(result: AggregationResult) -> None:
-    """Reject a result that contains NaN or Inf before it is written.
-
-    Raises:
-        AdapterError: If a matrix or tensor is not finite; the message names it.
-    """
-    for kind, matrices in (
-        ("adapter", result.adapter.modules),
-        ("residual", result.residual),
-        ("tail", result.carried),
-    ):
-        for module, matrix in matrices.items():
-            tensors = (matrix.B, matrix.A) if isinstance(matrix, LowRank) else (matrix,)
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-                raise AdapterError(
-                    f"module {module}: the {kind} of the sum holds NaN or Inf; nothing was written"
-                )
-    for name, tensor in result.adapter.saved.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"tensor {name}: the mean holds NaN or Inf; nothing was written")
