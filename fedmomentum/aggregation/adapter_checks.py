@@ -1,4 +1,4 @@
-"""Checks of whole adapters that are combined outside of a run, and of the result."""
+"""Checks of whole adapters that are combined outside of a run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from fedmomentum.errors import AdapterError
-from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.peft_layout import stacks
 
 if TYPE_CHECKING:
-    from fedmomentum.aggregation.aggregate import AggregationResult
     from fedmomentum.lora.adapter import Adapter
 
 
@@ -49,25 +45,3 @@ def check_same_experts(adapters: Sequence[Adapter]) -> None:
                     f"{parameter} has {number} experts in {owner} and {len(experts)} in "
                     f"{adapter.name}; the adapters are of different models"
                 )
-
-
-def check_finite(result: AggregationResult) -> None:
-    """Reject a result that contains NaN or Inf before it is written.
-
-    Raises:
-        AdapterError: If a matrix or tensor is not finite; the message names it.
-    """
-    for kind, matrices in (
-        ("adapter", result.adapter.modules),
-        ("residual", result.residual),
-        ("tail", result.carried),
-    ):
-        for module, matrix in matrices.items():
-            tensors = (matrix.B, matrix.A) if isinstance(matrix, LowRank) else (matrix,)
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-                raise AdapterError(
-                    f"module {module}: the {kind} of the sum holds NaN or Inf; nothing was written"
-                )
-    for name, tensor in result.adapter.saved.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"tensor {name}: the mean holds NaN or Inf; nothing was written")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fedmomentum.aggregation.adapter_checks import (
-    check_finite,
     check_offline_weights,
     check_same_experts,
 )
@@ -178,7 +177,7 @@ def aggregate_adapters(
         method or FedMomentum(),
         context,
     )
-    check_finite(result)
+    _check_finite(result)
     return result
 
 
@@ -242,6 +241,7 @@ def _client_weights(
     if not all(0 < w < math.inf for w in weights):
         raise AdapterError(f"weights must be positive numbers; got {list(weights)}")
     normalized = torch.tensor([w / total for w in weights], dtype=torch.float64, device="cpu")
+    # Given weights were capped by the caller; those that the method computes are capped here.
     given = normalized / normalized.sum()
     own = method.client_weights(given, lambda: _norms(adapters))
     if own is given:
@@ -358,3 +358,25 @@ def _module_ranks(adapters: Sequence[Adapter], rank: int | None) -> dict[str, in
     # PEFT allows ranks above a module's full rank.
     wanted = largest_rank(adapters) if rank is None else rank
     return {module: min(wanted, full) for module, full in sorted(full_ranks.items())}
+
+
+def _check_finite(result: AggregationResult) -> None:
+    """Reject a result that contains NaN or Inf before it is written.
+
+    Raises:
+        AdapterError: If a matrix or tensor is not finite; the message names it.
+    """
+    for kind, matrices in (
+        ("adapter", result.adapter.modules),
+        ("residual", result.residual),
+        ("tail", result.carried),
+    ):
+        for module, matrix in matrices.items():
+            tensors = (matrix.B, matrix.A) if isinstance(matrix, LowRank) else (matrix,)
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                raise AdapterError(
+                    f"module {module}: the {kind} of the sum holds NaN or Inf; nothing was written"
+                )
+    for name, tensor in result.adapter.saved.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"tensor {name}: the mean holds NaN or Inf; nothing was written")

@@ -206,6 +206,7 @@ def _round_row(record: RoundRecord) -> RoundRow:
             is_accepted=name in record.accepted,
         )
         rows.append(participant)
+    # The former are counted, and the failures of both are listed.
     participants = [one for one in rows if one.name in record.participants]
     failures = [one for one in rows if one.reason is not None]
     return RoundRow(record, participants, failures, total_seconds(record))

@@ -168,17 +168,20 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _labels(runs: Sequence[RunResults], settings: Sequence[dict[str, Any]]) -> list[str]:
     """Return the runs' labels: the method, with what sets runs of one method apart."""
+    # Runs of one method with the same method settings.
     by_label: dict[str, list[int]] = {}
     for position, table in enumerate(settings):
         by_label.setdefault(_label(table), []).append(position)
     labels = [""] * len(runs)
     for label, positions in by_label.items():
+        # Other settings in which they differ, apart from those that no score depends on.
         tables = [flat_settings(settings[position]) for position in positions]
         keys = sorted(_differing_keys(tables) - COMPARED_KEYS - MAY_CHANGE - LOCATIONS)
         if len({_num_rounds(table) for table in tables}) > 1:
             keys.append("federation.num-rounds")
         # A default may have changed between two releases.
         methods = {runs[position].plan.method for position in positions}
+        # Add what differs to the label, in the form of an override.
         for position, table in zip(positions, tables, strict=True):
             pairs = [f"{key}={table.get(key, 'not set')}" for key in keys]
             if len(methods) > 1:

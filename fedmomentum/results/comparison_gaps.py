@@ -19,12 +19,14 @@ def find_gaps(comparison: Comparison) -> list[str]:
     without a score, scores over other examples than the baseline's, and rounds that were scored by
     different clients.
     """
+    # What is missing from single runs, or sets them apart from the baseline's run of that seed.
     baseline_runs = {run.seed: run for run in comparison.runs_of(comparison.baseline)}
     gaps = []
     for run in comparison.method_runs:
         title = f"{run.method}, seed {run.seed}"
         for gap in [*_gaps_of_run(run), *_gaps_to_baseline(run, baseline_runs.get(run.seed))]:
             gaps.append(f"{title}: {gap}")
+    # What concerns all runs of a method alike is said once.
     uneven = [run.method for run in comparison.method_runs if _is_uneven(run)]
     if uneven:
         gaps.append(

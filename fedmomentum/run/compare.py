@@ -106,6 +106,7 @@ class PlannedRun:
         """
         if not _has_begun(self.directory):
             return False
+        # A reference changes some settings of its run, and has no method of its own.
         if self.is_reference:
             _check_same(self.directory, self.config, _CHANGED_BY_REFERENCES)
         else:

@@ -132,6 +132,7 @@ class UpdateReader:
         need it to be the same for all clients, bit for bit. A module that the client does not adapt
         has not changed.
         """
+        # Start from the global factors, for modules that the client does not adapt.
         adapter = self.model.adapter
         modules = dict(adapter.modules)
         for module, matrix in update.modules.items():
