@@ -194,8 +194,8 @@ def aggregate_updates(
     so adapters that read them from disk are never all in memory at once.
 
     A method receives `LowRank(B_i s_i / s, A_i)`, where s is the scaling of the combined adapter.
-    Where a method freezes B, all adapters must have the scaling s. The residual and carried
-    matrices that the method returns are multiplied by s.
+    In a round that trains only A, the ratio goes into A, so that the frozen factor stays the same
+    for all clients. The residual and carried matrices that the method returns are multiplied by s.
 
     Args:
         adapters: The clients' trained adapters.
@@ -267,7 +267,8 @@ def _aggregate_module(
 ) -> ModuleAggregate:
     """Aggregate one module; residual and carried are in effective-weight units."""
     scaling = context.scalings[module]
-    updates = ClientUpdates(_module_updates(adapters, module, scaling), weights)
+    trained = method.trained_factors(context.server_round)
+    updates = ClientUpdates(_module_updates(adapters, module, scaling, trained), weights)
     try:
         result = method.aggregate(updates, context.for_module(module))
     except (ValueError, LinAlgError) as error:
@@ -283,7 +284,9 @@ def _aggregate_module(
     return ModuleAggregate(result.adapter, residual, carried, result.findings)
 
 
-def _module_updates(adapters: Sequence[Adapter], module: str, scaling: float) -> Sequence[LowRank]:
+def _module_updates(
+    adapters: Sequence[Adapter], module: str, scaling: float, trained: str
+) -> Sequence[LowRank]:
     """Return the clients' factors of one module in units of the combined adapter.
 
     A client without the module counts as zero.
@@ -302,7 +305,10 @@ def _module_updates(adapters: Sequence[Adapter], module: str, scaling: float) ->
         ratio = adapter.scalings.get(module, scaling) / scaling
         if ratio == 1:
             return factors
-        return factors.to(result_dtype(factors.dtype)).scaled(ratio)
+        factors = factors.to(result_dtype(factors.dtype))
+        if trained == "A":
+            return LowRank(factors.B, factors.A * ratio)
+        return factors.scaled(ratio)
 
     return LazySequence(rescaled, adapters)
 

@@ -268,6 +268,8 @@ def report(
     from fedmomentum.report import write_comparison_page, write_report
     from fedmomentum.results.comparison import COMPARISON
 
+    if target is not None:
+        check_target(target)
     is_comparison = (directories[0] / COMPARISON).is_file()
     if len(directories) == 1 and target is not None:
         advice = (
@@ -285,6 +287,5 @@ def report(
         page = write_report(directories[0])
     else:
         target = DEFAULT_TARGET if target is None else target
-        check_target(target)
         page = write_comparison_page(directories, out=out, target=target)
     OUT.print(str(page), markup=False, soft_wrap=True)

@@ -275,7 +275,9 @@ def test_adapters_that_do_not_fit_together_are_refused(stock):
     )
     with pytest.raises(AdapterError, match="different base models"):
         aggregate_adapters([adapters[0], other])
-    with pytest.raises(AdapterError, match="module .* rank must be from 1"):
+    with pytest.raises(
+        AdapterError, match="rank must be from 1 to .*, the full rank of the largest module"
+    ):
         aggregate_adapters(adapters, rank=1000)
     with pytest.raises(AdapterError, match="positive numbers"):
         aggregate_adapters(adapters, [-1] * len(adapters))
