@@ -9,10 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedmomentum.aggregation.adapter_checks import (
-    check_offline_weights,
-    check_same_experts,
-)
+from fedmomentum.aggregation.adapter_checks import check_offline_weights, check_same_experts
 from fedmomentum.aggregation.client_updates import ClientUpdates
 from fedmomentum.aggregation.method import AggregationContext, Method, ModuleAggregate
 from fedmomentum.aggregation.methods.fedmomentum import FedMomentum

@@ -29,7 +29,7 @@ RESULT_MARK = "fedmomentumresult"
 """The name of a tool and what it returns, for testing whether a template renders them."""
 
 _log = logging.getLogger(__name__)
-# Tokenizer -> its template, and which kinds of messages that renders.
+# Tokenizer -> its template, and whether that renders the message with each mark tried so far.
 _known: weakref.WeakKeyDictionary[Any, tuple[Any, dict[str, bool]]] = weakref.WeakKeyDictionary()
 
 
@@ -121,14 +121,14 @@ def writes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     Some reject them (Gemma's), some drop them.
     """
     known = _known_kinds(tokenizer)
-    if "system" not in known:
+    if SYSTEM_MARK not in known:
         chat = [{"role": "system", "content": SYSTEM_MARK}, {"role": "user", "content": "?"}]
-        known["system"] = bool(_writes(chat, SYSTEM_MARK, tokenizer))
-        if not known["system"]:
+        known[SYSTEM_MARK] = bool(_writes(chat, SYSTEM_MARK, tokenizer))
+        if not known[SYSTEM_MARK]:
             _log.warning(
                 "the chat template has no turn of the system; such messages begin the user's first"
             )
-    return known["system"]
+    return known[SYSTEM_MARK]
 
 
 def writes_tool_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -136,13 +136,8 @@ def writes_tool_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     True as well for a template that rejects them, since it says so itself.
     """
-    known = _known_kinds(tokenizer)
-    if "tool_calls" not in known:
-        asked, call, result = _tool_chat()
-        known["tool_calls"] = _writes_any(
-            [[asked, call, result], [asked, call]], CALL_MARK, tokenizer
-        )
-    return known["tool_calls"]
+    asked, call, result = _tool_chat()
+    return _writes_any([[asked, call, result], [asked, call]], CALL_MARK, tokenizer)
 
 
 def writes_tool_results(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -150,13 +145,8 @@ def writes_tool_results(tokenizer: PreTrainedTokenizerBase) -> bool:
 
     True as well for a template that rejects them, since it says so itself.
     """
-    known = _known_kinds(tokenizer)
-    if "tool" not in known:
-        asked, call, result = _tool_chat()
-        known["tool"] = _writes_any(
-            [[asked, call, result], [asked, result]], RESULT_MARK, tokenizer
-        )
-    return known["tool"]
+    asked, call, result = _tool_chat()
+    return _writes_any([[asked, call, result], [asked, result]], RESULT_MARK, tokenizer)
 
 
 def _refuse_unwritten_tools(
@@ -207,13 +197,13 @@ def _writes_any(
 ) -> bool:
     """Return whether the first chat that a template accepts is written with its mark.
 
-    True if it accepts none.
+    True if it accepts none. The template is tried once for each mark.
     """
-    for chat in chats:
-        is_written = _writes(chat, mark, tokenizer)
-        if is_written is not None:
-            return is_written
-    return True
+    known = _known_kinds(tokenizer)
+    if mark not in known:
+        tried = (_writes(chat, mark, tokenizer) for chat in chats)
+        known[mark] = next((is_written for is_written in tried if is_written is not None), True)
+    return known[mark]
 
 
 def _writes(

@@ -18,6 +18,10 @@ Number = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 Amount = Annotated[float, Meta(ge=0, le=LARGEST)]
 
 
+EVALUATION_FAILED = "evaluation: "
+"""What precedes the reason in `RoundRecord.failures` if a client's evaluation is missing."""
+
+
 def doc(meaning: str, unit: str = "") -> Meta:
     """Return the documentation of a field: its meaning and unit."""
     return Meta(description=meaning, extra={"unit": unit})

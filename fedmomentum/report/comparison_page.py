@@ -106,9 +106,9 @@ def _content(comparison: Comparison, commands: list[tuple[str, str]]) -> dict[st
         "comparison": comparison,
         "summaries": summaries,
         "seeds": sorted({one.seed for one in comparison.method_runs}),
-        "highests": leaders.highest,
-        "lowests": leaders.lowest,
-        "leasts": leaders.least,
+        "highest_methods": leaders.highest,
+        "lowest_methods": leaders.lowest,
+        "least_methods": leaders.least,
         "items": _example_counts(comparison),
         "model": runs[0].plan.model,
         "clients": clients,
@@ -143,8 +143,8 @@ def _plots(
 def _find_leaders(summaries: Sequence[MethodSummary], references: set[str]) -> _Leaders:
     """Find the best method by each measure; references only compete for the fewest bytes.
 
-    Means over fewer seeds are of easier seeds, perhaps: bytes are compared between the methods that
-    reached the target with the most seeds.
+    A method that reached the target with few seeds may have done so on the easy ones, so bytes are
+    compared only between the methods that reached it with the most seeds.
     """
     scored = []
     for summary in summaries:

@@ -23,6 +23,8 @@ FORMAT = "fedmomentum comparison"
 FORMAT_VERSION = 3
 COMPARED_KEYS = frozenset({"method.name", "method.settings", "run.seed"})
 """Settings in which the runs of a comparison differ intentionally."""
+IRRELEVANT_KEYS = (MAY_CHANGE | LOCATIONS) - {"federation.num-rounds"}
+"""Settings that no score depends on."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,7 @@ def _labels(runs: Sequence[RunResults], settings: Sequence[dict[str, Any]]) -> l
     for label, positions in by_label.items():
         # Other settings in which they differ, apart from those that no score depends on.
         tables = [flat_settings(settings[position]) for position in positions]
-        keys = sorted(_differing_keys(tables) - COMPARED_KEYS - MAY_CHANGE - LOCATIONS)
-        if len({_num_rounds(table) for table in tables}) > 1:
-            keys.append("federation.num-rounds")
+        keys = sorted(_differing_keys(tables) - COMPARED_KEYS - IRRELEVANT_KEYS)
         # A default may have changed between two releases.
         methods = {runs[position].plan.method for position in positions}
         # Add what differs to the label, in the form of an override.
@@ -189,10 +189,6 @@ def _labels(runs: Sequence[RunResults], settings: Sequence[dict[str, Any]]) -> l
             separator = ";" if ":" in label else ":"
             labels[position] = label + (separator + ";".join(pairs) if pairs else "")
     return labels
-
-
-def _num_rounds(table: Mapping[str, str]) -> str | None:
-    return table.get("federation.num-rounds")
 
 
 def _differing_keys(tables: Sequence[Mapping[str, str]]) -> set[str]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fedmomentum.formats.round_record import EVALUATION_FAILED
 from fedmomentum.results.comparison import Comparison
 from fedmomentum.results.method_run import MethodRun
 from fedmomentum.results.participation import find_absences
-
-EVALUATION = "evaluation: "
-"""How the reason of a missing evaluation begins, in `RoundRecord.failures`."""
 
 
 def find_gaps(comparison: Comparison) -> list[str]:
@@ -57,7 +55,7 @@ def _gaps_of_run(run: MethodRun) -> Iterator[str]:
         for absence in find_absences(results.rounds, results.partition):
             yield absence.headline
         for client, reason in last.failures.items():
-            if EVALUATION in reason:
+            if EVALUATION_FAILED in reason:
                 yield f"{client} gave no evaluation after round {last.round}"
     is_finished = all(results.is_finished for results in run.runs)
     was_scored = any(point.loss is not None for point in run.points)

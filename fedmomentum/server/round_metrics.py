@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from msgspec import UNSET, UnsetType
 
-from fedmomentum.formats.round_record import ClientTraining, PhaseSeconds
+from fedmomentum.formats.round_record import EVALUATION_FAILED, ClientTraining, PhaseSeconds
 from fedmomentum.linalg.matrix import Matrix, norm, rank_bound
 from fedmomentum.protocol.messages import train_result
 
@@ -163,5 +163,5 @@ def joined_failures(training: Mapping[str, str], evaluation: Mapping[str, str]) 
     failures = dict(training)
     for client, reason in evaluation.items():
         before = f"{failures[client]}; " if client in failures else ""
-        failures[client] = f"{before}evaluation: {reason}"
+        failures[client] = f"{before}{EVALUATION_FAILED}{reason}"
     return dict(sorted(failures.items()))
