@@ -9,6 +9,7 @@ what it costs.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -74,7 +75,7 @@ GRID = Grid(
     start=(4, 7),
     score="loss",
 )
-"""3e-3, 5.2e-3 and 1e-2 are always tried."""
+"""3e-3, 5.2e-3 and 1e-2 are always tried; a workload can begin elsewhere."""
 BUILTIN_TASKS = ("word_sequence_reversal", "number_sorting", "needle_haystack", "word_sorting")
 NUM_LAYERS = 30
 NUM_ADAPTED_LAYERS = 4
@@ -92,12 +93,14 @@ class Workload:
         num_test: Held-out examples.
         max_length: Longest example, in tokens; longer ones are not drawn.
         settings: The settings of `few` and of `many` local steps.
+        grid: The learning rates.
     """
 
     num_train: int
     num_test: int
     max_length: int
     settings: Mapping[str, tuple[str, ...]]
+    grid: Grid = GRID
 
 
 WORKLOADS = {
@@ -124,9 +127,20 @@ WORKLOADS = {
         120,
         192,
         {
-            "few": ("training.local-steps=2", "federation.num-rounds=12", "evaluation.every=6"),
-            "many": ("training.local-steps=8", "federation.num-rounds=3"),
+            "few": (
+                "training.batch-size=4",
+                "training.local-steps=2",
+                "federation.num-rounds=12",
+                "evaluation.every=6",
+            ),
+            "many": (
+                "training.batch-size=4",
+                "training.local-steps=8",
+                "federation.num-rounds=3",
+            ),
         },
+        # The lowest losses are at higher rates than those of the other tasks.
+        dataclasses.replace(GRID, start=(5, 8)),
     ),
 }
 
@@ -181,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare(tasks, out, data, dtype=options.dtype)
         if options.cell:
             name, _, method = options.cell.partition(":")
-            label = tuned_comparison.labeled(method, GRID.rates[GRID.start[0] + 1])
+            grid = WORKLOADS[tasks].grid
+            label = tuned_comparison.labeled(method, grid.rates[grid.start[0] + 1])
             config = settings(tasks, name, out, options.dtype)
             tuned_comparison.run_all(config, [label], [100], out / f"{name}-tuning")
             return 0
@@ -237,7 +252,7 @@ def run_setting(
     rates = tuned_comparison.choose_rates(
         config,
         experiment.methods,
-        GRID,
+        WORKLOADS[tasks].grid,
         out / f"{setting}-tuning",
         out / f"{name}-learning-rates.json",
     )

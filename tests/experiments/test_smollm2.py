@@ -125,14 +125,14 @@ def small(language, monkeypatch, tmp_path):
         "data.num-clients=2",
     )
     for name in language.WORKLOADS:
-        workload = language.Workload(80, 24, 256, {"few": few})
+        grid = language.Grid((3e-3, 1e-2), (0, 1), "loss")
+        workload = language.Workload(80, 24, 256, {"few": few}, grid)
         monkeypatch.setitem(language.WORKLOADS, name, workload)
     for name, value in (
         ("NUM_LAYERS", 2),
         ("NUM_ADAPTED_LAYERS", 1),
         ("METHODS", dict.fromkeys(language.METHODS, (language.PUBLISHED, "fedit"))),
         ("VARIANTS", (language.PUBLISHED, language.PROCRUSTES_SHARED)),
-        ("GRID", language.Grid((3e-3, 1e-2), (0, 1), "loss")),
         ("HERE", tmp_path / "scripts"),
     ):
         monkeypatch.setattr(language, name, value)
