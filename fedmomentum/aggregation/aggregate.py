@@ -323,10 +323,14 @@ def _mean_saved(adapters: Sequence[Adapter], weights: Tensor) -> dict[str, Tenso
             )
     means = {}
     for key, tensor in first.saved.items():
+        dtype = tensor.dtype
+        if dtype.is_floating_point:
+            # As factors: 16 bits are an input format only, so no precision is lost.
+            dtype = result_dtype(*(adapter.saved[key].dtype for adapter in adapters))
         mean = torch.zeros((), dtype=torch.float64, device=tensor.device)
         for weight, adapter in zip(weights, adapters, strict=True):
             mean = mean + weight * adapter.saved[key].to(torch.float64)
-        means[key] = mean.to(tensor.dtype)
+        means[key] = mean.to(dtype)
     return means
 
 

@@ -104,20 +104,26 @@ def export(
         result = _with_public_base(result, base)
     chosen = choose_device(result, device)
     set_up_device(chosen, tf32=False)  # float32 products are compared
+    # An adapter's directory may contain the tokenizer or template of its training.
+    tokenizer = own_tokenizer(result, base_directory)
     with quiet_libraries(), OUT.status("Exporting"):
         if to == "adapter":
             export_adapter(
-                result.model, out, base_directory=base_directory, device=chosen, facts=facts
+                result.model,
+                out,
+                base_directory=base_directory,
+                device=chosen,
+                tokenizer=tokenizer,
+                facts=facts,
             )
             written = "one PEFT adapter, scaling 1, for the base model"
         else:
-            # An adapter's directory may contain the tokenizer or template of its training.
             fraction = export_merged(
                 result.model,
                 out,
                 base_directory=base_directory,
                 dtype=torch_dtype,
-                tokenizer=own_tokenizer(result, base_directory),
+                tokenizer=tokenizer,
                 device=chosen,
                 facts=facts,
             )

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmomentum.base_model.hub import BUNDLED_NAME
+from fedmomentum.global_model.base_of import is_classifier, num_labels
 from fedmomentum.lora.base_names import public_base
 from fedmomentum.results.formatting import number, points, with_interval
 from fedmomentum.utils.io import write_atomically
 
 if TYPE_CHECKING:
-    from fedmomentum.base_model.identity import BaseIdentity
     from fedmomentum.formats.scores import Score
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.results.benchmarks import BenchmarkLine
@@ -62,6 +62,7 @@ def write_card(
     facts: CardFacts = NO_FACTS,
     is_dequantized: bool = False,
     unquantized: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
 ) -> None:
     """Write the model card of an export.
 
@@ -74,6 +75,7 @@ def write_card(
         is_dequantized: Whether the base was quantized, and the export is based on its dequantized
             weights.
         unquantized: The linear layers that are not quantized, if the base is quantized on loading.
+        stop_ids: All stop tokens that the model needs; empty if the base has them already.
     """
     base = model.base
     is_adapter_directory = library == "peft"
@@ -103,10 +105,10 @@ def write_card(
             "it is stored it gives other answers.\n"
         )
     if is_adapter_directory:
-        head += _loading(base, load, unquantized)
+        head += _loading(model, load, unquantized, stop_ids)
     title = base.name or "a base model that is not published"
     card = f"""---
-{_metadata(base, library)}
+{_metadata(model, library)}
 ---
 
 # Federated {kind} of {title}
@@ -128,15 +130,16 @@ This directory is the complete result{addition}: `{load}`.
     write_atomically(out / "README.md", card.encode())
 
 
-def _metadata(base: BaseIdentity, library: str) -> str:
+def _metadata(model: GlobalModel, library: str) -> str:
     """Return the card's front matter; JSON strings are valid YAML."""
+    base = model.base
     lines = [f"library_name: {library}"]
     # The hub only accepts names on the hub.
     name, _ = public_base(base.name, base.revision)
     if name and name not in (BUNDLED_NAME, "unknown"):
         relation = "adapter" if library == "peft" else "finetune"
         lines += [f"base_model: {json.dumps(name)}", f"base_model_relation: {relation}"]
-    task = "text-classification" if base.labels else "text-generation"
+    task = "text-classification" if is_classifier(model.adapter) else "text-generation"
     lines += [f"pipeline_tag: {task}", "tags: [fedmomentum, federated-learning, lora]"]
     return "\n".join(lines)
 
@@ -192,16 +195,26 @@ def _difference(line: BenchmarkLine) -> str:
     return f"{points(change)} [{points(low)}, {points(high)}]"
 
 
-def _loading(base: BaseIdentity, load: str, unquantized: Sequence[str]) -> str:
+def _loading(
+    model: GlobalModel, load: str, unquantized: Sequence[str], stop_ids: Sequence[int]
+) -> str:
     """Return the code that loads an adapter on its base with stock libraries."""
-    kind = "AutoModelForSequenceClassification" if base.labels else "AutoModelForCausalLM"
+    base = model.base
+    is_labeled = is_classifier(model.adapter)
+    kind = "AutoModelForSequenceClassification" if is_labeled else "AutoModelForCausalLM"
     imports = ["from peft import PeftModel"]
     lines = [f"    {base.name or 'PATH-OF-THE-BASE-MODEL'!r},"]
+    if base.name == BUNDLED_NAME:
+        # It is in a Python package, neither on the hub nor in a directory that transformers finds.
+        imports.insert(0, "from fedmomentum.base_model.hub import resolve_base")
+        lines = [f"    resolve_base({base.name!r}),"]
     if base.revision:
         lines.append(f"    revision={base.revision!r},")
     if base.labels:
         lines.append(f"    num_labels={len(base.labels)},")
         lines.append(f"    id2label={dict(enumerate(base.labels))},")
+    elif is_labeled:
+        lines.append(f"    num_labels={num_labels(model)},")
     if base.quantization is not None:
         config, arguments, skip = _CONFIGS[base.quantization.kind]
         imports.append(f"from transformers import {kind}, {config}")
@@ -217,6 +230,8 @@ def _loading(base: BaseIdentity, load: str, unquantized: Sequence[str]) -> str:
     else:
         imports.append(f"from transformers import {kind}")
     call = [f"base = {kind}.from_pretrained(", *lines, ")", f"model = {load}"]
+    if stop_ids:
+        call.append(f"model.generation_config.eos_token_id = {list(stop_ids)}")
     return "\n```python\n" + "\n".join([*imports, "", *call]) + "\n```\n"
 
 

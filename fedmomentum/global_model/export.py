@@ -19,7 +19,13 @@ from fedmomentum.base_model.checkpoint_files import read_config
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.errors import ModelError
 from fedmomentum.formats.adapter_base import write_adapter_base
+from fedmomentum.global_model.base_of import is_classifier
 from fedmomentum.global_model.card import NO_FACTS, CardFacts, write_card
+from fedmomentum.global_model.export_tokenizer import (
+    copy_tokenizer,
+    find_stop_tokens,
+    write_stop_tokens,
+)
 from fedmomentum.global_model.single_adapter import to_single_adapter
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.probes import AppliedShare
@@ -81,6 +87,7 @@ def export_adapter(
     *,
     base_directory: Path | None = None,
     device: torch.device = CPU,
+    tokenizer: Any = None,
     facts: CardFacts = NO_FACTS,
 ) -> float | None:
     """Write one plain PEFT adapter that turns the base into the global model, and read it back.
@@ -91,6 +98,7 @@ def export_adapter(
         base_directory: The base model's directory, for its tokenizer, and to load the adapter on
             it. Without it, only the written tensors are checked.
         device: Where both models compute the logits that are compared.
+        tokenizer: The tokenizer to write; by default the base model's.
         facts: Facts for the model card that the model does not hold.
 
     Returns:
@@ -113,13 +121,24 @@ def export_adapter(
         adapter = to_single_adapter(model)
         write_adapter(adapter, temporary)
         _check_written(adapter, temporary)
+        stop_ids: Sequence[int] = ()
         if base_directory is not None:
-            _copy_tokenizer(base_directory, temporary)
+            tokenizer = copy_tokenizer(base_directory, temporary, tokenizer)
+            if not is_classifier(adapter):
+                stop_ids = find_stop_tokens(base_directory, tokenizer)
         if model.base.sha256:
             write_adapter_base(model.base.record(), temporary)
         load = f"PeftModel.from_pretrained(base, {_quoted(facts, out)})"
         unquantized = reference.unquantized if reference is not None else ()
-        write_card(model, temporary, "peft", load, facts=facts, unquantized=unquantized)
+        write_card(
+            model,
+            temporary,
+            "peft",
+            load,
+            facts=facts,
+            unquantized=unquantized,
+            stop_ids=stop_ids,
+        )
         if base_directory is None or reference is None:
             return None
         return _read_back_adapter(
@@ -303,7 +322,9 @@ def export_merged(
         check_logits(logits, rounded_logits, torch.float32, what)
         what = f"the merged model, read back from {dtype}, is another model"
         check_logits(logits, reference.logits, dtype, what)
-        _copy_tokenizer(base_directory, temporary, tokenizer)
+        tokenizer = copy_tokenizer(base_directory, temporary, tokenizer)
+        if not is_classifier(model.adapter):
+            write_stop_tokens(temporary, tokenizer)
         load = f"{class_name}.from_pretrained({_quoted(facts, out)})"
         write_card(model, temporary, "transformers", load, facts=facts)
     return applied_fraction
@@ -374,12 +395,3 @@ def _rows_of(matrix: Matrix, rows: slice) -> Tensor:
 def _quoted(facts: CardFacts, out: Path) -> str:
     """Return the location of an export, quoted for a line of Python."""
     return repr(facts.location or out.name)
-
-
-def _copy_tokenizer(base_directory: Path, out: Path, tokenizer: Any = None) -> None:
-    """Write a tokenizer; by default the base model's."""
-    from fedmomentum.base_model.loading import load_tokenizer
-
-    if tokenizer is None:
-        tokenizer = load_tokenizer(base_directory, generates=False)
-    tokenizer.save_pretrained(out)

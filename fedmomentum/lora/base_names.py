@@ -77,8 +77,10 @@ def with_base(adapter: Adapter, base: str, revision: str) -> Adapter:
     """Return the adapter with another base model or revision; empty arguments change nothing."""
     config = dict(adapter.config)
     if base and base != config.get("base_model_name_or_path"):
+        own_name, own_revision = base_and_revision(adapter)
         config["base_model_name_or_path"] = base
-        config["revision"] = None
+        # A path in the hub's cache may be a revision of the same model.
+        config["revision"] = (own_revision or None) if own_name == base else None
     if revision:
         config["revision"] = revision
     return replace(adapter, config=config)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedmomentum.aggregation.aggregate import aggregate_adapters, largest_rank
+from fedmomentum.base_model.checkpoint_files import read_config
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.base_model.skeleton import load_skeleton
+from fedmomentum.base_model.library_errors import translate_library_errors
+from fedmomentum.base_model.skeleton import Skeleton, load_skeleton
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
-from fedmomentum.global_model.base_of import base_of_adapter
+from fedmomentum.global_model.base_of import base_of_adapter, is_classifier
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.matrix import rank_bound
@@ -94,7 +96,8 @@ def aggregate_directories(
         _check_name(base)
     identity = _common_base(directories, adapters)
     if base:
-        identity = replace(identity, name=base, revision=revision)
+        # The revision is the given one, or else the one that the adapters name.
+        identity = replace(identity, name=base, revision=adapters[0].config.get("revision"))
     result_rank = largest_rank(adapters) if rank is None else rank
     scaling = None if lora_alpha is None else lora_alpha / result_rank
     aggregate = aggregate_adapters(adapters, weights, method, rank=rank, scaling=scaling)
@@ -146,9 +149,10 @@ def check_shapes(adapters: Sequence[Adapter], directory: Path) -> None:
 
     Raises:
         AdapterError: If there are any; the message names adapter and module.
+        ModelError: If the model cannot be built.
     """
     sizes = {}
-    for name, parameter in load_skeleton(directory, (), "auto").model.named_parameters():
+    for name, parameter in _skeleton_for(adapters[0], directory).model.named_parameters():
         if parameter.ndim == 2:
             sizes[name.removesuffix(".weight")] = sorted(parameter.shape)
     for adapter in adapters:
@@ -163,6 +167,21 @@ def check_shapes(adapters: Sequence[Adapter], directory: Path) -> None:
                     f"{adapter.name} adapts {module} ({matrix.shape[0]} x {matrix.shape[1]}), "
                     f"which {directory} {found}; it is of another model than --base names"
                 )
+
+
+def _skeleton_for(adapter: Adapter, directory: Path) -> Skeleton:
+    """Return the base model of an adapter without its weights: a classifier or a language model.
+
+    Raises:
+        ModelError: If transformers cannot build it.
+    """
+    # Only the head depends on the labels, and it is no module of the base.
+    labels = ("0", "1") if is_classifier(adapter) else ()
+    with translate_library_errors(
+        f"cannot build the model in {directory}, to check that the adapters fit it",
+        read_config(directory),
+    ):
+        return load_skeleton(directory, labels, "auto")
 
 
 def _common_base(directories: Sequence[Path], adapters: Sequence[Adapter]) -> BaseIdentity:

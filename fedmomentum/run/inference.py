@@ -110,6 +110,10 @@ class ModelPair:
             and (directory / "tokenizer_config.json").is_file()
         ):
             base_tokenizer = load_tokenizer(directory, size, generates=not self.labels)
+            if base_tokenizer.chat_template is None:
+                # The base model is asked with the same text. It reads the template's added tokens
+                # as ordinary text.
+                base_tokenizer.chat_template = tuned.chat_template
         for tokenizer in (base_tokenizer, tuned):
             set_chat_date(tokenizer, date)
         self._tokenizers = base_tokenizer, tuned

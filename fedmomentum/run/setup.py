@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +15,17 @@ from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.config.toml import LOCATIONS, MAY_CHANGE, changed_keys
 from fedmomentum.data.client_data import load_clients
 from fedmomentum.data.tokenized import TokenizedClient
-from fedmomentum.errors import ConfigError, ModelError
+from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
 from fedmomentum.formats.run_files import RUN_LOG, SERVER_LOG
 from fedmomentum.formats.status_file import STATUS_FILE
+from fedmomentum.global_model.base_of import base_of_adapter
 from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
 from fedmomentum.global_model.start import start_from
 from fedmomentum.lora.base_names import base_and_revision
+from fedmomentum.lora.hub_adapter import find_adapter
 from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.run.client_examples import tokenize_parties
 from fedmomentum.run.method import make_method
@@ -206,7 +208,9 @@ def read_start_adapter(config: Config) -> Adapter | None:
     given = read_adapter(config.lora.start_from, name="the adapter of lora.start-from")
     own_name = base_and_revision(given)[0]
     names = {config.model.name, os.path.realpath(config.model.name)}
-    if own_name and own_name not in names:
+    # A base that is identified by its content is checked when the run's base is at hand.
+    is_identified = base_of_adapter(find_adapter(config.lora.start_from), given).sha256 is not None
+    if own_name and own_name not in names and not is_identified:
         LOG.warning(
             "lora.start-from names the base model %s, and model.name is %s; only if these are one "
             "model does the adapter mean what it was trained for",
@@ -222,16 +226,40 @@ def with_start_adapter(
     """Return the model of round 0 with the given adapter, if there is one.
 
     Raises:
-        AdapterError: If it does not fit the run.
+        AdapterError: If it does not fit the run, or was trained on another base model.
     """
-    if given is None:
+    if given is None or config.lora.start_from is None:
         return model
+    _check_start_base(base_of_adapter(find_adapter(config.lora.start_from), given), model.base)
     return start_from(
         model,
         given,
         is_merged=method.fresh or method.reads_base,
         is_mixed=config.lora.is_mixed or method.prunes,
     )
+
+
+def _check_start_base(recorded: BaseIdentity, base: BaseIdentity) -> None:
+    """Refuse an adapter to start from that records another base model than the run's.
+
+    If only the quantization differs, it is another start, but training goes on from it: a warning.
+
+    Raises:
+        AdapterError: If the weights of the two base models differ.
+    """
+    if recorded.sha256 and recorded.quantization != base.quantization:
+        LOG.warning(
+            "the adapter of lora.start-from was trained with %s, and the run has %s; the run "
+            "begins with other answers than the adapter gave",
+            recorded.quantization or "no quantization",
+            base.quantization or "no quantization",
+        )
+    try:
+        replace(recorded, quantization=base.quantization).check(base)
+    except ModelError as error:
+        raise AdapterError(
+            f"the adapter of lora.start-from does not belong to model.name: {error}"
+        ) from error
 
 
 def training_function(config: Config) -> TrainingFunction | None:

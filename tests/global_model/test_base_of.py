@@ -1,5 +1,6 @@
 """Adapters of classifiers from elsewhere: combined and exported, whatever their head is called."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fedmomentum.aggregation.aggregate import aggregate_adapters
 from fedmomentum.aggregation.methods.fedmomentum import FedMomentum
-from fedmomentum.errors import AdapterError, ConfigError
+from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.global_model.base_of import num_labels
 from fedmomentum.global_model.export import export_adapter, export_merged
+from fedmomentum.linalg.low_rank import LowRank
+from fedmomentum.lora.adapter import Adapter
 from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.run.aggregate import aggregate_directories
 from fedmomentum.run.evaluate import evaluate_on
@@ -67,6 +71,15 @@ def test_adapters_of_stock_peft_are_combined_with_their_heads(tmp_path, kind, ex
 
     # Both exports, by stock libraries: the same classifier, and its weights the mean of both.
     export_adapter(model, tmp_path / "combined", base_directory=base)
+    card = (tmp_path / "combined" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert "AutoModelForSequenceClassification.from_pretrained(" in card
+    assert "    num_labels=4,\n" in card
+    checked = aggregate_directories(
+        directories, FedMomentum(), weights=list(WEIGHTS), base=str(base)
+    )
+    for name, tensor in checked.model.adapter.saved.items():
+        assert torch.equal(tensor, model.adapter.saved[name])
     export_merged(model, tmp_path / "merged", base_directory=base)
     stock = AutoModelForSequenceClassification.from_pretrained(base, num_labels=4)
     wrapped = PeftModel.from_pretrained(stock, tmp_path / "combined").eval()
@@ -82,6 +95,28 @@ def test_adapters_of_stock_peft_are_combined_with_their_heads(tmp_path, kind, ex
         alone.append(PeftModel.from_pretrained(fresh, directory).merge_and_unload().state_dict())
     for name, tensor in merged.state_dict().items():
         assert torch.allclose(tensor, 0.25 * alone[0][name] + 0.75 * alone[1][name], atol=1e-6)
+
+
+def test_the_mean_of_heads_in_16_bits_is_not_rounded_to_16_bits():
+    heads = torch.tensor([1.0, 1.0 + 2**-7])
+    factors = LowRank(torch.ones(4, 1), torch.ones(1, 3))
+    for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)):
+        adapters = []
+        for number, dtype in enumerate(dtypes):
+            saved = {"score.weight": heads[number].reshape(1, 1).to(dtype)}
+            adapters.append(Adapter({"q": factors}, {"q": 1.0}, saved, {}, f"client{number}"))
+        for order in (adapters, adapters[::-1]):
+            mean = aggregate_adapters(order, method=FedMomentum()).adapter.saved["score.weight"]
+            assert mean.dtype == torch.float32
+            assert mean.item() == 1 + 2**-8
+
+
+def test_a_base_that_cannot_be_built_is_refused_by_name(tmp_path):
+    base, directories = peft_adapters(tmp_path, "distilbert")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
+    with pytest.raises(ModelError, match="cannot build the model in .*base"):
+        aggregate_directories(directories, FedMomentum(), base=str(base))
 
 
 def test_a_head_without_output_layer_is_refused_by_name(tmp_path):

@@ -445,6 +445,49 @@ def test_files_beside_the_weights_are_copied(tmp_path):
     )
 
 
+def chat_base(folder):
+    """A base whose generation settings stop elsewhere than the chat template ends an answer."""
+    base = make_base("llama", folder, True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<unk>"
+    tokenizer.save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
+    return base
+
+
+@pytest.mark.parametrize("has_settings", [False, True])
+def test_an_export_stops_where_answers_to_chats_end(tmp_path, has_settings):
+    base = chat_base(tmp_path / "base")
+    file = base / "generation_config.json"
+    file.unlink(missing_ok=True)
+    if has_settings:
+        file.write_text(json.dumps({"eos_token_id": [1, 7], "top_k": 7}))
+    trained_adapter(base, tmp_path / "stock", ["q_proj"], ())
+    model = global_model(base, [read_adapter(tmp_path / "stock")])
+    export_merged(model, tmp_path / "merged", base_directory=base)
+    export_adapter(model, tmp_path / "adapter", base_directory=base)
+    (end,) = tiny_tokenizer()("<|im_end|>", add_special_tokens=False)["input_ids"]
+    wanted = [1, 7, end] if has_settings else [1, end]
+    settings = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config
+    assert settings.eos_token_id == wanted
+    assert not has_settings or settings.top_k == 7
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert f"model.generation_config.eos_token_id = {wanted}\n" in card
+
+
+def test_a_base_that_stops_at_the_end_of_answers_keeps_its_settings(tmp_path):
+    base = make_base("llama", tmp_path / "base", True)
+    trained_adapter(base, tmp_path / "stock", ["q_proj"], ())
+    model = global_model(base, [read_adapter(tmp_path / "stock")])
+    export_merged(model, tmp_path / "merged", base_directory=base)
+    export_adapter(model, tmp_path / "adapter", base_directory=base)
+    before = AutoModelForCausalLM.from_pretrained(base).generation_config
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config
+    assert after.eos_token_id == before.eos_token_id
+    assert "eos_token_id" not in (tmp_path / "adapter" / "README.md").read_text()
+
+
 def test_a_module_that_is_adapted_and_saved_is_refused(tmp_path):
     base = make_base("llama", tmp_path / "base", False)
     trained_adapter(base, tmp_path / "stock", ["q_proj"], ["lm_head"])

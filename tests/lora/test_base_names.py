@@ -40,6 +40,8 @@ def test_names_of_one_base_are_the_same(base, tmp_path):
         assert base_and_revision(with_base(adapter, name, "")) == (os.path.realpath(base), "")
     cached = f"/x/hub/models--org--model/snapshots/{COMMIT}"
     assert base_and_revision(with_base(adapter, cached, "")) == (HUB_NAME, COMMIT)
+    cached_adapter = with_base(adapter, cached, "")
+    assert base_and_revision(with_base(cached_adapter, HUB_NAME, "")) == (HUB_NAME, COMMIT)
     # another base has another revision
     named = with_base(with_base(adapter, "", COMMIT), "org/other", "")
     assert base_and_revision(named) == ("org/other", "main")
@@ -55,6 +57,12 @@ def test_the_named_base_is_recorded_in_the_result_and_must_fit(base, tmp_path):
     assert model.base.name == str(base) and model.base.revision is None
     assert model.adapter.config["base_model_name_or_path"] == str(base)
     model = aggregate_directories(directories, method, base=f"{HUB_NAME}@{COMMIT}").model
+    assert (model.base.name, model.base.revision) == (HUB_NAME, COMMIT)
+    # The revision that the adapters name is kept.
+    for number in ("a", "b"):
+        named = {"base_model_name_or_path": HUB_NAME, "revision": COMMIT}
+        write_adapter(base, tmp_path / f"{number}2", named)
+    model = aggregate_directories([tmp_path / "a2", tmp_path / "b2"], method, base=HUB_NAME).model
     assert (model.base.name, model.base.revision) == (HUB_NAME, COMMIT)
     other = tiny_gpt2(tmp_path / "gpt2")
     with pytest.raises(

@@ -8,7 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.errors import AdapterError, ConfigError
+from fedmomentum.formats.adapter_base import write_adapter_base
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.start import start_from
@@ -272,6 +274,29 @@ def test_a_run_that_began_with_an_adapter_is_resumed_without_it(folder, given, t
     moved = config_of(folder, lora={"start-from": str(given)})
     with pytest.raises(ConfigError, match=r"lora\.start-from"):
         start(moved, tmp_path / "again", resume=True)
+
+
+def test_a_start_adapter_of_another_base_is_refused(folder, given, tmp_path, caplog):
+    """Its directory records the hash of the base, as exports do; its name says less."""
+    run = start(config_of(folder, federation={"num_rounds": 1}), tmp_path / "run")
+    config = config_of(folder, lora={"rank": 4, "start-from": str(tmp_path / "given")})
+    adapter = read_adapter(given)
+    named = {**adapter.config, "base_model_name_or_path": "org/renamed"}
+    write_adapter(replace(adapter, config=named), tmp_path / "given")
+
+    base = run.model.base.record()
+    write_adapter_base({**base, "sha256": "ab" * 32}, tmp_path / "given")
+    with pytest.raises(AdapterError, match=r"start-from does not belong to model\.name: .*differs"):
+        prepare(config, tmp_path / "refused")
+
+    # The hash decides, not the name; another quantization is another start, with a warning.
+    write_adapter_base(base, tmp_path / "given")
+    prepare(config, tmp_path / "same").close()
+    assert "start-from" not in caplog.text
+    quantized = {**base, "quantization": ON_LOADING["nf4"].record()}
+    write_adapter_base(quantized, tmp_path / "given")
+    prepare(config, tmp_path / "quantized").close()
+    assert "was trained with" in caplog.text and "the run has no quantization" in caplog.text
 
 
 def test_a_start_adapter_is_read_before_data_and_model(folder, tmp_path):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedmomentum.errors import DataError, ModelError
 from fedmomentum.run.evaluate import evaluate_on
@@ -159,6 +160,35 @@ def test_an_adapters_own_tokenizer_and_template_are_used(folder, adapter, tmp_pa
         for path in (adapter, own, template_only)
     }
     assert losses[str(own)] == losses[str(template_only)] != losses[str(adapter)]
+
+
+def test_a_base_without_a_template_is_asked_with_the_adapters(tmp_path):
+    """Tokens for chats were added to a base of plain text, as many fine-tunes do."""
+    base = tiny_llama(tmp_path / "base", chat_template=None)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|user|>{{ message['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>{% endif %}"
+    )
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    saved = ["embed_tokens", "lm_head"]
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=saved)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+
+    result = open_result(tmp_path / "adapter")
+    pair = ModelPair(result, LoadSettings())
+    text = pair.tokenizer.apply_chat_template(chat, tokenize=False)
+    with pair.tuned():
+        assert pair.tokenizer.apply_chat_template(chat, tokenize=False) == text
+        assert len(pair.tokenizer) == len(tokenizer)
+    assert len(pair.tokenizer) < len(tokenizer)
+    comparison = evaluate_on(result, str(tmp_path / "chats.jsonl"), LoadSettings())
+    assert comparison.base.all.total.num_examples == comparison.tuned.all.total.num_examples == 1
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(adapter, tmp_path, call):
