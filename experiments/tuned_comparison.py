@@ -10,10 +10,12 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from run_table import read_rows
 
 from fedmomentum.config.schema import Config
 from fedmomentum.errors import QuorumError
@@ -177,6 +179,46 @@ def report_reproduction(
         "judge a change of the code, compare both versions on one machine"
     )
     return 1
+
+
+def parse_run(text: str, settings: Iterable[str] = ()) -> tuple[str, str, int]:
+    """Return setting, method and seed of `SETTING:METHOD:SEED`.
+
+    Args:
+        text: What the command line has.
+        settings: The settings that exist; empty if any is allowed.
+    """
+    known = list(settings)
+    setting, _, rest = text.partition(":")
+    method, _, seed = rest.rpartition(":")
+    if not method or not seed.isdecimal():
+        raise SystemExit(f"a run is named SETTING:METHOD:SEED; got {text}")
+    if known and setting not in known:
+        raise SystemExit(f"no setting {setting}; there are {', '.join(known)}")
+    return setting, method, int(seed)
+
+
+def reproduce(config: Config, method: str, seed: int, out: Path, file: Path) -> int:
+    """Repeat one run of a committed comparison, and print its scores beside the committed ones.
+
+    Args:
+        config: The settings of the comparison.
+        method: The method, without its learning rate.
+        seed: The seed.
+        out: The directory of the repeated run.
+        file: The committed comparison.csv.
+
+    Returns:
+        0 if the scores are equal to the last digit, which takes a processor of the same kind.
+    """
+    rows = read_rows(file) if file.is_file() else []
+    for row in rows:
+        if method_of(row["method"]) == method and row["seed"] == str(seed):
+            (directory,) = run_all(config, [row["method"]], [seed], out)
+            return report_reproduction(row, last_scores(directory))
+    raise SystemExit(
+        f"no committed run of {method} with seed {seed}; the methods and seeds are in {file}"
+    )
 
 
 def mean_measures(rounds: Sequence[RoundRecord], names: Sequence[str]) -> dict[str, float]:

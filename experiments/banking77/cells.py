@@ -24,6 +24,7 @@ import experiment
 import intents  # makes the model and registers its kind
 import moments
 import trials
+from tuned_comparison import parse_run
 
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import apply_overrides
@@ -66,7 +67,7 @@ def main() -> int:
     with quiet_libraries():
         intents.make(data, out)
         if options.reproduce:
-            name, method, seed = experiment.parse_run(options.reproduce, CELLS)
+            name, method, seed = parse_run(options.reproduce, CELLS)
             table = tables / f"cell-{name}.csv"
             return trials.reproduce(settings(name, out), method, seed, out, table)
         for name in [options.only] if options.only else list(CELLS):

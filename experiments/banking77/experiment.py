@@ -9,10 +9,9 @@ was in. The rule for learning rates is that of tuned_comparison.py.
 """
 
 import argparse
-import csv
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,36 +165,10 @@ def reproduce(out: Path, what: str, prefix: str = "") -> int:
     Returns:
         0 if its scores are equal to the last digit, which takes a processor of the same kind.
     """
-    name, method, seed = parse_run(what)
+    name, method, seed = tuned_comparison.parse_run(what)
     file = HERE / "results" / f"{prefix}{name}" / "comparison.csv"
-    rows = list(csv.DictReader(file.open())) if file.is_file() else []
-    for row in rows:
-        if tuned_comparison.method_of(row["method"]) == method and row["seed"] == str(seed):
-            runs = out / "reproduced" / name
-            (directory,) = tuned_comparison.run_all(
-                settings(name, out), [row["method"]], [seed], runs
-            )
-            return tuned_comparison.report_reproduction(
-                row, tuned_comparison.last_scores(directory)
-            )
-    raise SystemExit(f"no committed run {what}; the methods and seeds are in {file}")
-
-
-def parse_run(text: str, settings: Iterable[str] = ()) -> tuple[str, str, int]:
-    """Return setting, method and seed of `SETTING:METHOD:SEED`.
-
-    Args:
-        text: What the command line has.
-        settings: The settings that exist; empty if any is allowed.
-    """
-    known = list(settings)
-    setting, _, rest = text.partition(":")
-    method, _, seed = rest.rpartition(":")
-    if not method or not seed.isdecimal():
-        raise SystemExit(f"a run is named SETTING:METHOD:SEED; got {text}")
-    if known and setting not in known:
-        raise SystemExit(f"no setting {setting}; there are {', '.join(known)}")
-    return setting, method, int(seed)
+    runs = out / "reproduced" / name
+    return tuned_comparison.reproduce(settings(name, out), method, seed, runs, file)
 
 
 if __name__ == "__main__":

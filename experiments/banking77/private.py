@@ -33,7 +33,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import experiment
 import intents  # makes the model and registers its kind
 from run_table import Row, RunTable
-from tuned_comparison import Grid, report_reproduction, search_rates
+from tuned_comparison import Grid, parse_run, report_reproduction, search_rates
 
 from fedmomentum.config.schema import Config
 from fedmomentum.config.toml import apply_overrides
@@ -79,7 +79,7 @@ def main() -> int:
     with quiet_libraries():
         trials = Trials(data, out, runs, chosen.set)
         if chosen.reproduce:
-            return trials.reproduce(*experiment.parse_run(chosen.reproduce))
+            return trials.reproduce(*parse_run(chosen.reproduce))
         for method in chosen.methods.split(","):
             for epsilon in map(float, chosen.epsilons.split(",")):
                 for seed in map(int, chosen.seeds.split(",")):

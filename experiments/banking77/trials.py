@@ -15,6 +15,7 @@ from tuned_comparison import (
     labeled,
     last_scores,
     mean_measures,
+    parse_run,
     report_reproduction,
     run_all,
     search_rates,
@@ -64,7 +65,7 @@ def main(document: str, name: str, variants: Iterable[str]) -> int:
     with quiet_libraries():
         intents.make(data, out)
         if options.reproduce:
-            setting, method, seed = experiment.parse_run(options.reproduce, ("few", "many"))
+            setting, method, seed = parse_run(options.reproduce, ("few", "many"))
             config = experiment.settings(setting, out)
             table = tables / f"{name}-{setting}.csv"
             return reproduce(config, method, seed, out, table)

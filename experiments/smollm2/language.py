@@ -179,6 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="few|many:METHOD",
         help="one run of one method at the middle learning rate, seed 100: what a run costs",
     )
+    parser.add_argument(
+        "--reproduce",
+        metavar="few|many:METHOD:SEED",
+        help="repeat one committed run, and print its scores beside the committed ones",
+    )
     options = parser.parse_args(arguments)
     tasks = options.tasks
     if tasks != "builtin" and options.data is None:
@@ -200,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = settings(tasks, name, out, options.dtype)
             tuned_comparison.run_all(config, [label], [100], out / f"{name}-tuning")
             return 0
+        if options.reproduce:
+            return reproduce(experiment, options.reproduce)
         for name in [options.only] if options.only else list(WORKLOADS[tasks].settings):
             run_setting(experiment, name, SEEDS[: options.seeds], is_published=options.publish)
     return 0
@@ -242,6 +249,27 @@ class Experiment:
         return " ".join([*words, f"--only {setting}"])
 
 
+def results_directory(experiment: Experiment, setting: str) -> Path:
+    """Return the directory of a comparison's committed results."""
+    name = experiment.name_of(setting)
+    tasks = experiment.tasks
+    return HERE / "results" / (name if tasks == "builtin" else f"{tasks}-{name}")
+
+
+def reproduce(experiment: Experiment, what: str) -> int:
+    """Repeat one committed run, `few|many:METHOD:SEED`; return 0 if its scores are equal."""
+    known = WORKLOADS[experiment.tasks].settings
+    setting, method, seed = tuned_comparison.parse_run(what, known)
+    results = results_directory(experiment, setting)
+    return tuned_comparison.reproduce(
+        settings(experiment.tasks, setting, experiment.out, experiment.dtype),
+        method,
+        seed,
+        experiment.out / "reproduced" / results.name,
+        results / "comparison.csv",
+    )
+
+
 def run_setting(
     experiment: Experiment, setting: str, seeds: Sequence[int], *, is_published: bool
 ) -> None:
@@ -269,7 +297,7 @@ def run_setting(
     if tasks == "commonsense":
         score_choices(comparison, config, out, out / name)
     if is_published:
-        results = HERE / "results" / (name if tasks == "builtin" else f"{tasks}-{name}")
+        results = results_directory(experiment, setting)
         tuned_comparison.publish(out / name, rates, results)
         if (out / name / CHOICES).is_file():
             shutil.copy(out / name / CHOICES, results / CHOICES)

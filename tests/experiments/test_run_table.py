@@ -208,16 +208,16 @@ def test_a_committed_run_is_repeated_and_compared(script, monkeypatch, tmp_path,
 
 @pytest.mark.parametrize("text", ["few", "few:8", "few:fedit", "few:fedit:x"])
 def test_a_run_is_named_by_setting_method_and_seed(script, text):
-    experiment = script("experiment")
-    assert experiment.parse_run("2:fedmomentum:split=balanced:7") == (
+    tuned_comparison = script("tuned_comparison")
+    assert tuned_comparison.parse_run("2:fedmomentum:split=balanced:7") == (
         "2",
         "fedmomentum:split=balanced",
         7,
     )
     with pytest.raises(SystemExit, match="SETTING:METHOD:SEED"):
-        experiment.parse_run(text)
+        tuned_comparison.parse_run(text)
 
 
 def test_a_setting_that_does_not_exist_is_named_with_those_that_do(script):
     with pytest.raises(SystemExit, match="no setting fow; there are few, many"):
-        script("experiment").parse_run("fow:fedit:8", ("few", "many"))
+        script("tuned_comparison").parse_run("fow:fedit:8", ("few", "many"))

@@ -169,6 +169,13 @@ def test_the_script_runs_end_to_end_and_resumes(small, tmp_path, capsys):
     assert "seed" not in capsys.readouterr().out  # nothing ran again
     assert (results / "comparison.csv").read_bytes() == before
 
+    # A committed run is repeated: its scores are the same, to the last digit.
+    assert small.main(["--out", str(out), "--reproduce", "few:fedit:0"]) == 0
+    committed = next(row["loss"] for row in rows if row["method"].startswith("fedit"))
+    assert f"loss: committed {committed}, here {committed}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no committed run of fedit with seed 9"):
+        small.main(["--out", str(out), "--reproduce", "few:fedit:9"])
+
     # The variants of FedMomentum: the tuning runs of both comparisons are the same runs.
     assert small.main([*words, "--variants"]) == 0
     output = capsys.readouterr().out
