@@ -18,6 +18,7 @@ from fedmomentum.base_model.holding_choice import FLOAT32, resolve_holding
 from fedmomentum.base_model.quantization import NONE
 from fedmomentum.formats.plan import MemoryUse
 from fedmomentum.lora.module_names import weight_path
+from fedmomentum.training.arguments import DEFAULT_OPTIMIZER
 from fedmomentum.training.step_memory import StepShape, step_bytes
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def branch_bytes(sizes: BaseSizes, place: Placement, update: int) -> int:
 
 def moment_bytes(config: Config, trained: int) -> int:
     """Return the bytes of the optimizer's state for a number of trained elements."""
-    name = str(config.training.arguments.get("optim", "adamw_torch"))
+    name = str(config.training.arguments.get("optim", DEFAULT_OPTIMIZER))
     options = str(config.training.arguments.get("optim_args", ""))
     if name == "sgd":
         return 4 * trained if "momentum" in options else 0

@@ -41,7 +41,8 @@ class TrainingFields(Schema, frozen=True, kw_only=True):
     """The fields of `transformers.TrainingArguments` that a user may set, with their valid values.
 
     These are the fields known to affect local training without leaving traces on a model that other
-    clients train next. The defaults here are not used: transformers supplies missing values.
+    clients train next. The defaults are those of local training: transformers' own, but for the
+    learning rate's schedule, which is constant.
     """
 
     adam_beta1: _Beta = 0.9
@@ -55,7 +56,7 @@ class TrainingFields(Schema, frozen=True, kw_only=True):
     lr_scheduler_kwargs: dict[str, Any] | None = None
     lr_scheduler_type: str = "constant"
     max_grad_norm: _NotNegative = 1.0
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     optim_args: str | None = None
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
     warmup_steps: _NotNegative = 0
@@ -64,6 +65,9 @@ class TrainingFields(Schema, frozen=True, kw_only=True):
 
 ALLOWED_ARGUMENTS = frozenset(TrainingFields.__struct_fields__)
 """The names of `TrainingFields`."""
+
+DEFAULT_OPTIMIZER = TrainingFields().optim
+"""The optimizer, unless configured."""
 
 CONFIGURED_ARGUMENTS = {
     "learning_rate": "training.learning-rate",
@@ -142,15 +146,13 @@ def _check_choice(name: str, value: str) -> None:
 def check_optimizer(arguments: Mapping[str, Any]) -> None:
     """Reject an optimizer whose state cannot be set before training and read afterward.
 
-    The default is torch's AdamW, fused or not depending on the version of torch.
-
     Args:
         arguments: Fields of `transformers.TrainingArguments`.
 
     Raises:
         ConfigError: If the optimizer keeps anything other than elementwise moments.
     """
-    name = str(arguments.get("optim", "adamw_torch"))
+    name = str(arguments.get("optim", DEFAULT_OPTIMIZER))
     advice = (
         'set training.optimizer-state = "fresh", or use adamw_torch, adamw_torch_fused, or sgd '
         'with momentum (optim = "sgd", optim_args = "momentum=0.9")'

@@ -14,7 +14,7 @@ from fedmomentum.base_model.devices import rounds_to_tf32
 from fedmomentum.errors import ConfigError, ModelError
 from fedmomentum.privacy.entropy import normals, poisson_sample, random_seed
 from fedmomentum.privacy.mechanism import Mechanism, PrivateSettings
-from fedmomentum.training.arguments import OPTIMIZERS_WITH_MOMENTS
+from fedmomentum.training.arguments import DEFAULT_OPTIMIZER, OPTIMIZERS_WITH_MOMENTS
 from fedmomentum.training.hf_trainer import CompletionTrainer
 from fedmomentum.training.unit_gradients import UnitGradients
 
@@ -150,7 +150,7 @@ def check_private_arguments(arguments: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"training argument {name} must be left out with [privacy.dp]: {reason}"
             )
-    optimizer = str(arguments.get("optim", "adamw_torch"))
+    optimizer = str(arguments.get("optim", DEFAULT_OPTIMIZER))
     if optimizer not in OPTIMIZERS_WITH_MOMENTS:
         raise ConfigError(
             f"training argument optim: {optimizer!r} is not known to read noised gradients only; "

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedmomentum.training.arguments import TrainingFields, optimizer_options
+from fedmomentum.training.arguments import DEFAULT_OPTIMIZER, TrainingFields, optimizer_options
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation.moments import Moments
@@ -69,7 +69,7 @@ class StepRule:
             learning_rate: The learning rate of the round.
         """
         arguments = config.training.arguments
-        name = str(arguments.get("optim", "adamw_torch"))
+        name = str(arguments.get("optim", DEFAULT_OPTIMIZER))
         decay = float(arguments.get("weight_decay", 0.0))
         if config.training.function is not None:
             return cls(learning_rate, None)
@@ -195,7 +195,7 @@ def _reach(
 ) -> _Reach | None:
     """Return how far an element can move; None if unknown."""
     # Each optimizer needs its own argument; nothing is claimed about those not listed.
-    name = str(arguments.get("optim", "adamw_torch"))
+    name = str(arguments.get("optim", DEFAULT_OPTIMIZER))
     options = optimizer_options(arguments)
     if name in ADAMW:
         beta1 = float(arguments.get("adam_beta1", BETAS[0]))

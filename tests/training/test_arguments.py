@@ -4,6 +4,7 @@ import math
 import re
 from fractions import Fraction
 
+import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,13 @@ from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.run.client_setup import prepare_client
 from fedmomentum.run.compare import plan_runs
 from fedmomentum.run.method_variants import parse_methods
-from fedmomentum.training.arguments import check_arguments, count_steps, count_warmup_steps
+from fedmomentum.training.arguments import (
+    TrainingFields,
+    check_arguments,
+    count_steps,
+    count_warmup_steps,
+)
+from fedmomentum.training.optimizer import trainer_arguments_from
 from tests.runs import prepare, start, timeless, tiny_config
 from tests.tiny import tiny_llama
 from tests.training.keywords import train
@@ -405,6 +412,12 @@ def test_no_clipping_at_a_norm_of_zero(folder):
 def test_an_unknown_optimizer_or_schedule_is_refused_before_anything_runs(arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_arguments(arguments)
+
+
+def test_the_defaults_are_those_of_the_trainer(tmp_path):
+    made = trainer_arguments_from({}, output_dir=str(tmp_path))
+    for name, value in msgspec.structs.asdict(TrainingFields()).items():
+        assert getattr(made, name) == value, name
 
 
 def test_the_optimizers_and_schedules_of_transformers_are_known():

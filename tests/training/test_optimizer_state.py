@@ -274,7 +274,8 @@ def test_optimizers_without_moments_are_refused_by_name(llama, optim):
         ({"optim": "sgd", "optim_args": "dampening=0.5"}, "sgd with momentum 0 has no state"),
         ({"optim": "sgd", "optim_args": "momentum=nan"}, "sgd with momentum nan has no state"),
         ({"optim": "sgd", "optim_args": "momentum=much"}, "sgd with momentum much has no state"),
-        ({"optim_args": "amsgrad=True"}, "adamw_torch with amsgrad"),
+        ({"optim_args": "amsgrad=True"}, "adamw_torch_fused with amsgrad"),
+        ({"optim": "adamw_torch", "optim_args": "amsgrad=True"}, "adamw_torch with amsgrad"),
         ({"optim": "adamw_torch_fused", "optim_args": "x=1, amsgrad = 1"}, "fused with amsgrad"),
     ],
 )
