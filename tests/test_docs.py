@@ -1,5 +1,6 @@
 """The documentation is true: its code runs, its links lead somewhere, its tables are complete."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -290,11 +291,34 @@ def test_the_table_of_methods_is_what_they_declare():
         assert numbers(up, 4, 7) == [method.num_uplink_parameters(40, 30, 4, t) for t in (1, 2)], (
             name
         )
-        residual = 7 if "q" in down else 0
+        # Without q, the residual's rank is fixed by the method.
+        residual = 7 if "q" in down else method.max_residual_rank(4, 3)
         assert numbers(down, 4, residual) == [
             method.num_downlink_parameters(40, 30, 4, residual, t) for t in (1, 2)
         ], name
         assert re.search(rf"^## {method.title}$", text, re.MULTILINE)
+
+
+def test_the_table_of_settings_is_what_the_methods_have():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \| `([^`]+)` \| ([^|]+) \|$", text, flags=re.MULTILINE
+    )
+    documented_settings = {}
+    for method, setting, default, values in rows:
+        documented_settings[method, setting] = tomllib.loads(f"x = {default}")["x"]
+        # The named values are accepted; the default comes first.
+        choices = [
+            tomllib.loads(f"x = {choice}")["x"] for choice in re.findall("`([^`]+)`", values)
+        ]
+        assert choices[:1] in ([], [documented_settings[method, setting]])
+        for choice in choices:
+            METHODS[method](**{setting: choice})
+    declared = {}
+    for name, method in METHODS.items():
+        for field in dataclasses.fields(method):
+            declared[name, field.name] = field.default
+    assert documented_settings == declared
 
 
 # ── examples ──
