@@ -166,6 +166,12 @@ def two_adapters(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_guides_job_is_the_one_that_comes_with_the_package():
+    guide = blocks(ROOT / "docs" / "deployment.md", "toml")
+    (job,) = (text for text in guide if "join-timeout" in text)
+    assert job in (ROOT / "fedmomentum" / "configs" / "job.toml").read_text()
+
+
 def test_the_readmes_python_runs(two_adapters, capsys):
     (text,) = (t for t in blocks(ROOT / "README.md", "python") if "aggregate_adapters" in t)
     names: dict = {}
