@@ -108,7 +108,8 @@ class PrivacyConfig:
     roster: str | None = option(
         None,
         "at a client over a network: the file of all clients' public keys, which the sites "
-        "exchanged among themselves: cat *.pub > roster.pub",
+        "exchanged among themselves. `fedmomentum keys roster` makes it, and prints the "
+        "fingerprint that the sites compare",
     )
     trusts_server: bool = option(
         False,

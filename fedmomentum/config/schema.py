@@ -322,7 +322,9 @@ class RunConfig:
     """Seed, threads and devices of the run, and what it keeps and reports."""
 
     seed: int = option(
-        0, "seed of everything that is random: data, sampled clients, initialization, batches"
+        0,
+        "seed of everything that is random: data, sampled clients, initialization, batches. What "
+        "training with [privacy.dp] draws does not depend on it",
     )
     threads: int = option(
         0,

@@ -1,8 +1,8 @@
 """The parties' identities, by keys that they exchanged themselves, and signatures with these keys.
 
 A roster file has one line per party: its node's public key as in `NAME.pub`, followed by the node's
-name. So a roster can be made with `cat *.pub` from files that came from the parties themselves
-rather than from the server.
+name. `fedmomentum keys roster` makes it, of files that came from the parties themselves rather than
+from the server.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Roster:
             text = read_file(file, max_bytes=MAX_ROSTER_BYTES, error=ConfigError).decode()
         except FileNotFoundError as error:
             raise ConfigError(
-                f"there is no roster {file}; join the parties' public keys: cat *.pub > {file}"
+                f"there is no roster {file}; make it of the parties' public keys: "
+                f"fedmomentum keys roster NAME.pub ... --out {file}"
             ) from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{file} is no text, and a roster is") from error

@@ -67,7 +67,7 @@ def test_lines_that_are_not_keys_are_refused_by_number(tmp_path, text, message):
 
 
 def test_files_that_are_not_rosters_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="there is no roster .*cat"):
+    with pytest.raises(ConfigError, match="there is no roster .*keys roster"):
         Roster.read(tmp_path / "none")
     with pytest.raises(ConfigError, match="no regular file"):
         Roster.read(tmp_path)
