@@ -168,8 +168,11 @@ def _options(
             "--version", help="print the version and exit", is_eager=True, callback=_show_version
         ),
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="show tracebacks; every command accepts it")
+    ] = False,
 ) -> None:
-    pass
+    pass  # `main` has removed `--debug`
 
 
 for command in COMMANDS:
