@@ -44,10 +44,10 @@ THIRD_PARTY = {
     "torchao",
     "opacus",
 }
-"""Libraries besides torch that are imported by the packages named in FLOORS only."""
-FLOORS: list[
+"""Libraries besides torch that are imported by the packages named in LAYERS only."""
+LAYERS: list[
     dict[str, set[str]]
-] = [  # a package imports from packages on lower floors; not from its own floor
+] = [  # a package imports from packages in lower layers; not from its own layer
     {
         "linalg": set(),
         "utils": {
@@ -126,22 +126,22 @@ def packages() -> dict[str, list[Path]]:
     return found
 
 
-def test_the_floors_name_every_package():
-    assert sorted(packages()) == sorted(name for floor in FLOORS for name in floor)
+def test_the_layers_name_every_package():
+    assert sorted(packages()) == sorted(name for layer in LAYERS for name in layer)
     assert {path.stem for path in ROOT.glob("*.py")} == LOOSE_FILES
-    assert len(FLOORS) <= 8
+    assert len(LAYERS) <= 8
 
 
-@pytest.mark.parametrize("package", [name for floor in FLOORS for name in floor])
-def test_a_package_imports_from_lower_floors_and_its_own_libraries_only(package):
-    number = next(k for k, floor in enumerate(FLOORS) if package in floor)
-    below = {package, "errors"} | {name for floor in FLOORS[:number] for name in floor}
+@pytest.mark.parametrize("package", [name for layer in LAYERS for name in layer])
+def test_a_package_imports_from_lower_layers_and_its_own_libraries_only(package):
+    number = next(k for k, layer in enumerate(LAYERS) if package in layer)
+    below = {package, "errors"} | {name for layer in LAYERS[:number] for name in layer}
     for path in packages()[package]:
         for name in imports(path):
             if name.startswith("fedmomentum."):
                 assert name.split(".")[1] in below, f"{path.relative_to(ROOT)} imports {name}"
         libraries = {name.split(".")[0] for name in imports(path)} & THIRD_PARTY
-        assert libraries <= FLOORS[number][package], path
+        assert libraries <= LAYERS[number][package], path
 
 
 def test_no_import_cycle_within_a_package():

@@ -1,6 +1,6 @@
 """Generate parts of docs/architecture.md from the code: `python tools/architecture.py`.
 
-Writes the picture of the floors, docs/architecture/floors.svg, from the table in
+Writes the picture of the layers, docs/architecture/layers.svg, from the table in
 tests/test_layers.py, and the list of packages from their docstrings. Run by `make docs`;
 tests/test_docs.py fails where either is out of date.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fedmomentum"
 PAGE = ROOT / "docs" / "architecture.md"
-FIGURE = ROOT / "docs" / "architecture" / "floors.svg"
+FIGURE = ROOT / "docs" / "architecture" / "layers.svg"
 sys.path.insert(0, str(ROOT))
 
 # Sizes in the picture, in SVG units.
@@ -52,22 +52,22 @@ def summary(file: Path) -> str:
 
 
 def figure() -> str:
-    """Draw the floors, the highest at the top."""
-    from tests.test_layers import FLOORS
+    """Draw the layers, the highest at the top."""
+    from tests.test_layers import LAYERS
 
-    height = 2 * TOP + len(FLOORS) * ROW_HEIGHT
+    height = 2 * TOP + len(LAYERS) * ROW_HEIGHT
     right = WIDTH - RIGHT
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        'aria-label="Packages on floors; a package imports from lower floors only">',
+        'aria-label="Packages in layers; a package imports from lower layers only">',
         f"<style>{STYLE}</style>",
         f'<rect class="paper" width="{WIDTH}" height="{height}" rx="8"/>',
     ]
-    for number, floor in enumerate(FLOORS, start=1):
-        y = TOP + (len(FLOORS) - number) * ROW_HEIGHT
+    for number, layer in enumerate(LAYERS, start=1):
+        y = TOP + (len(LAYERS) - number) * ROW_HEIGHT
         middle = y + ROW_HEIGHT // 2
         parts.append(f'<text class="number" x="16" y="{middle + 4}">{number}</text>')
-        parts += boxes(sorted(floor), y + (ROW_HEIGHT - BOX_HEIGHT) // 2, right - LEFT)
+        parts += boxes(sorted(layer), y + (ROW_HEIGHT - BOX_HEIGHT) // 2, right - LEFT)
 
     # The direction of imports.
     x = WIDTH - RIGHT // 2
@@ -78,7 +78,7 @@ def figure() -> str:
 
 
 def boxes(names: list[str], y: int, width: int) -> list[str]:
-    """Draw the packages of one floor, equally wide."""
+    """Draw the packages of one layer, equally wide."""
     box_width = (width - GAP * (len(names) - 1)) // len(names)
     parts = []
     for position, name in enumerate(names):
@@ -94,12 +94,12 @@ def boxes(names: list[str], y: int, width: int) -> list[str]:
 
 
 def packages() -> str:
-    """Return the table of packages, the highest floor first."""
-    from tests.test_layers import FLOORS
+    """Return the table of packages, the highest layer first."""
+    from tests.test_layers import LAYERS
 
-    rows = ["| floor | package | what it does |", "|---|---|---|"]
-    for number in range(len(FLOORS), 0, -1):
-        for name in sorted(FLOORS[number - 1]):
+    rows = ["| layer | package | what it does |", "|---|---|---|"]
+    for number in range(len(LAYERS), 0, -1):
+        for name in sorted(LAYERS[number - 1]):
             rows.append(f"| {number} | `{name}` | {summary(PACKAGE / name / '__init__.py')} |")
     return "\n".join(rows)
 

@@ -27,7 +27,8 @@ transformers and PEFT, and compares their logits; a test repeats this for every 
 those of the tiny models, most of which have two layers.
 
 - **adapted by default**: PEFT's choice for the architecture; where PEFT has none, the projections
-  of the decoder layers. What else is possible: [what is adapted](training.md).
+  of the decoder layers. What else is possible:
+  [which modules are adapted](training.md#which-modules-are-adapted).
 - **not adapted**: what `target-modules = "all-linear"` leaves out too, and why.
 - **trains and exports**: `yes`, or why a run is refused before it starts.
 

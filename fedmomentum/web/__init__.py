@@ -1,1 +1,1 @@
-"""A port for HTTP that strangers cannot occupy; what is served there is its callers' affair."""
+"""An HTTP listener with limits on unauthenticated connections; what it serves is up to callers."""
