@@ -4,7 +4,7 @@
     FILE]
 
 merge: `Float32Weights.apply` of one factored residual against the machine's floor, the larger of
-memory traffic and matrix product. load: the embedded model, then again in the same process. job:
+memory traffic and matrix product. load: the bundled model, then again in the same process. job:
 the default configuration, evaluated on fewer examples; everything except the trainer's steps and
 the evaluations counts as overhead. start: commands in new processes.
 """

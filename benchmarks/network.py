@@ -3,7 +3,7 @@
     python benchmarks/network.py [--megabytes 1 20 100] [--repeats 3] [--json FILE]
 
 Bytes are counted by a TCP proxy between a node's connection and the server, TLS and all. The second
-table times one training step of the embedded model through a node's worker: warm, as in a run, and
+table times one training step of the bundled model through a node's worker: warm, as in a run, and
 started for the task, as Flower's own node would do it.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/secure_sum.py [--parties 3,10,30,100] [--json FILE]
 
-The adapter is that of the embedded model at rank 8 (query and value projections), the sketch has
+The adapter is that of the bundled model at rank 8 (query and value projections), the sketch has
 one rank. All parties run in this process, one after the other, through the whole protocol; each is
 timed for itself. Once nobody drops out, and once as many as may: they leave after they have given
 out their shares, which is what costs the server most. Without the network, training, and the

@@ -10,7 +10,7 @@ processor time. settings: one step each, one thing changed against the first. at
 attention of the model, forward and backward, by kernel and length of the rows. compile: a step of
 compiled layers, and how long compiling takes; needs a C++ compiler. merged: one linear module,
 forward and backward: its weight in float32 against the weight in 16 bits with a float32 branch that
-holds what was merged. Default model: the embedded SmolLM2-135M-Instruct; the rows have the lengths
+holds what was merged. Default model: the bundled SmolLM2-135M-Instruct; the rows have the lengths
 of the default job's. `--cpu-time`, with one thread, is for a machine that is busy with other
 things.
 """
@@ -507,7 +507,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", choices=(*DEFAULT_PARTS, "compile"), default=DEFAULT_PARTS
     )
-    parser.add_argument("--model", help="directory of the base model; default: the embedded one")
+    parser.add_argument("--model", help="directory of the base model; default: the bundled one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(

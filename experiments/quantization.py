@@ -4,7 +4,7 @@
     python experiments/quantization.py --measure    measures, writes quantization.json: a minute
     python experiments/quantization.py              prints the tables of quantization.json
 
-The model is the embedded SmolLM2-135M-Instruct; all is on a CPU and in float32.
+The model is the bundled SmolLM2-135M-Instruct; all is on a CPU and in float32.
 """
 
 import argparse

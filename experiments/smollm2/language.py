@@ -355,7 +355,7 @@ def prepare(
         tasks: A key of `WORKLOADS`.
         out: The directory to write.
         data: The directory of the sets; not used by the built-in tasks.
-        source: The directory of the model; by default that of the embedded one.
+        source: The directory of the model; by default that of the bundled one.
         dtype: The dtype of its weights, one of `BASE_DTYPES`.
     """
     if (out / "base" / "config.json").is_file():

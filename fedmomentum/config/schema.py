@@ -52,7 +52,7 @@ class ModelConfig:
 
     name: str = option(
         "smollm2-135m-instruct",
-        "the embedded model, a model directory, or a name on the Hugging Face hub",
+        "the bundled model, a model directory, or a name on the Hugging Face hub",
     )
     task: str = option(
         CAUSAL_LM,

