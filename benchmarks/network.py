@@ -25,8 +25,8 @@ from fedmomentum.config.toml import load_config
 from fedmomentum.flower.certificates import make_server_keys
 from fedmomentum.flower.fleet_client import FleetClient
 from fedmomentum.flower.keys import admit_node, load_private_key, make_node_key
+from fedmomentum.flower.payloads import pack_payload
 from fedmomentum.flower.superlink import SuperLink
-from fedmomentum.flower.transport import pack_payload
 from fedmomentum.flower.worker import Worker
 
 LARGE = 10e6

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedmomentum.errors import public_text
-from fedmomentum.flower.transport import pack_payload, unpack_payload
+from fedmomentum.flower.payloads import pack_payload, unpack_payload
 from fedmomentum.flower.worker import WorkerError
 from fedmomentum.utils.text import printable
 

@@ -32,6 +32,7 @@ from flwr.proto.message_pb2 import Message as MessageProto
 from starlette.middleware.base import RequestResponseEndpoint
 
 from fedmomentum.errors import PayloadError
+from fedmomentum.flower.payloads import MAX_PAYLOAD_BYTES
 from fedmomentum.flower.records import (
     HEARTBEAT_SECONDS,
     PROBE_SECONDS,
@@ -40,7 +41,6 @@ from fedmomentum.flower.records import (
     is_hash,
     tree_names,
 )
-from fedmomentum.flower.transport import MAX_PAYLOAD_BYTES
 from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedmomentum.errors import ConfigError
-from fedmomentum.flower.transport import Session, pack_payload, unpack_payload
+from fedmomentum.flower.payloads import pack_payload, unpack_payload
+from fedmomentum.flower.transport import Session
 from fedmomentum.utils.names import check_client_name
 from fedmomentum.utils.text import printable
 

@@ -27,7 +27,7 @@ from flwr.proto.recorddict_pb2 import ConfigRecord as ConfigRecordProto
 from msgspec import Meta
 
 from fedmomentum.errors import PayloadError
-from fedmomentum.flower.transport import MAX_PAYLOAD_BYTES
+from fedmomentum.flower.payloads import MAX_PAYLOAD_BYTES
 from fedmomentum.utils.schema import Hash, Schema, parse_json
 from fedmomentum.utils.text import printable
 

@@ -33,7 +33,7 @@ from fedmomentum.flower.certificates import make_server_keys
 from fedmomentum.flower.fleet_client import ConnectionLost, FleetClient
 from fedmomentum.flower.keys import admit_node, load_private_key, make_node_key
 from fedmomentum.flower.parties import node_party
-from fedmomentum.flower.transport import pack_payload, unpack_payload
+from fedmomentum.flower.payloads import pack_payload, unpack_payload
 from fedmomentum.formats.status_file import StatusFile, read_status
 from fedmomentum.protocol.codec import decode_task
 from fedmomentum.protocol.messages import Task

@@ -13,8 +13,8 @@ import httpx
 from fedmomentum.flower.certificates import make_server_keys
 from fedmomentum.flower.fleet_client import FleetClient
 from fedmomentum.flower.keys import admit_node, load_private_key, make_node_key
+from fedmomentum.flower.payloads import pack_payload, unpack_payload
 from fedmomentum.flower.superlink import SuperLink
-from fedmomentum.flower.transport import pack_payload, unpack_payload
 
 # after fedmomentum.flower, which sets what flwr reads when it is imported
 from flwr.app import Message, MessageType  # isort: skip

@@ -22,8 +22,9 @@ from fedmomentum.errors import PayloadError
 from fedmomentum.flower import join as join_module
 from fedmomentum.flower.fleet_client import ConnectionLost
 from fedmomentum.flower.join import _reply
+from fedmomentum.flower.payloads import pack_payload
 from fedmomentum.flower.records import MAX_CHUNKS, check_envelope, check_objects, check_tree
-from fedmomentum.flower.transport import FlowerTransport, pack_payload
+from fedmomentum.flower.transport import FlowerTransport
 from fedmomentum.protocol.transport import Failure
 from tests.flower.network import (
     Stranger,

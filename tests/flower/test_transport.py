@@ -11,7 +11,8 @@ import torch
 from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.errors import PayloadError, QuorumError
 from fedmomentum.flower import transport as module
-from fedmomentum.flower.transport import FlowerTransport, Session, pack_payload, unpack_payload
+from fedmomentum.flower.payloads import pack_payload, unpack_payload
+from fedmomentum.flower.transport import FlowerTransport, Session
 from fedmomentum.protocol.codec import decode_task, encode_task
 from fedmomentum.protocol.transport import Failure, InProcessTransport
 from fedmomentum.run.client_setup import prepare_client
