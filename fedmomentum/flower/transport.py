@@ -65,16 +65,17 @@ class Roster(Protocol):
 
 @dataclass
 class _PendingTask:
-    """A task without a reply so far.
+    """A client's task without a reply so far.
 
     Attributes:
-        client: The client it was sent to.
-        session: The client's connection at that time.
-        disconnected_at: When that connection was lost, and the task with it; None while connected.
+        message_id: The message it was sent in; None if there is none: the client was not connected,
+            or Flower gave the message up.
+        session: The client's connection at that time, if it was connected.
+        disconnected_at: When the client was first missing; None while it is connected.
     """
 
-    client: str
-    session: Session
+    message_id: str | None = None
+    session: Session | None = None
     disconnected_at: float | None = None
 
     def may_be_answered(self) -> bool:
@@ -91,7 +92,7 @@ class _ExpiredTask(NamedTuple):
 
 
 class _RoundTrip(NamedTuple):
-    """One exchange: tasks by client, when it ends, and unanswered tasks by message."""
+    """One exchange: tasks by client, when it ends, and unanswered tasks by client."""
 
     tasks: Mapping[str, bytes]
     end: float
@@ -139,7 +140,8 @@ class FlowerTransport:
         if start_timeout is not None:
             self._start_timeout = min(start_timeout, join_timeout)
         self._has_started = False
-        self._expired: dict[str, _ExpiredTask] = {}
+        self._expired: dict[str, _ExpiredTask] = {}  # by message
+        self._missing_since: dict[str, float] = {}
 
     def clients(self) -> Sequence[str]:
         """Return the connected clients, sorted.
@@ -155,7 +157,7 @@ class FlowerTransport:
         start_end = started + self._start_timeout
         while True:
             registered = self._roster.registered()
-            online = sorted(self._roster.online())
+            online = sorted(self._online(registered))
             # how many are needed now: all of them while starting, then the minimum
             # 1e-9 compensates for rounding of fractions such as 0.1 * 30
             num_clients = max(self._num_clients, len(registered))
@@ -188,23 +190,23 @@ class FlowerTransport:
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Send all tasks, and yield each client's reply or failure within `round_timeout`.
 
-        A client that loses its connection and returns within that time is sent its task again, but
-        once all other replies are in, the round waits for it only `RECONNECT_GRACE_SECONDS`.
-        Replies are fetched one at a time.
+        A client that is not connected, or loses its connection, is sent its task when it returns
+        within that time, but once all other replies are in, the round waits for it only until it
+        has been missing for `RECONNECT_GRACE_SECONDS`. Replies are fetched one at a time.
         """
-        online = self._roster.online()
+        online = self._online(tasks)
         round_trip = _RoundTrip(tasks, time.monotonic() + self._round_timeout, {})
+        pending = round_trip.pending
         # send to all connected clients
         for client in tasks:
             if client not in online:
-                yield client, self._fail(client, "not connected")
+                pending[client] = _PendingTask(disconnected_at=self._missing_since[client])
                 continue
             failure = self._push(client, online[client], round_trip)
             if failure is not None:
                 yield client, failure
 
         # collect replies until all are there, the round is over, or only lost clients are missing
-        pending = round_trip.pending
         checked_at = time.monotonic()
         while time.monotonic() < round_trip.end:
             if not any(task.may_be_answered() for task in pending.values()):
@@ -216,6 +218,17 @@ class FlowerTransport:
             time.sleep(POLL_SECONDS)
         # what is still missing is a failure
         yield from self._give_up(pending)
+
+    def _online(self, clients: Iterable[str]) -> Mapping[str, Session]:
+        """Return the connected clients, and record since when any of the given ones are missing."""
+        online = self._roster.online()
+        now = time.monotonic()
+        for client in clients:
+            if client in online:
+                self._missing_since.pop(client, None)
+            else:
+                self._missing_since.setdefault(client, now)
+        return online
 
     def _push(self, client: str, session: Session, round_trip: _RoundTrip) -> Failure | None:
         """Send a client its task; return a failure if Flower does not accept it."""
@@ -234,35 +247,41 @@ class FlowerTransport:
             return self._fail(client, reason)
         if not message_id:
             return self._fail(client, "Flower did not take the message")
-        round_trip.pending[message_id] = _PendingTask(client, session)
+        round_trip.pending[client] = _PendingTask(message_id, session)
         self._callback.on_task_sent(client, len(payload), timeout)
         return None
 
     def _collect(self, pending: dict[str, _PendingTask]) -> Iterator[tuple[str, bytes | Failure]]:
-        """Yield the replies that have arrived, message by message.
+        """Yield the replies that have arrived, message by message; report those that are late.
 
         Flower's store keeps the others until they are fetched. An exception while fetching or
         reading one client's reply is a failure of that client only.
         """
-        connected = [name for name, task in pending.items() if task.disconnected_at is None]
-        for message_id in [*connected, *self._expired]:
-            replies = self._pull(message_id)
+        for message_id in list(self._expired):
+            for late in self._pull(message_id)[:1]:
+                self._ignore_late(message_id, late)
+        for client, task in list(pending.items()):
+            replies = self._pull(task.message_id) if task.message_id else []
             if not replies:
                 continue
             reply = replies[0]
-            # a late reply, a lost connection, or an answer in time
-            if message_id in self._expired:
-                self._ignore_late(message_id, reply)
-            elif reply is None:
-                pending[message_id].disconnected_at = time.monotonic()
-                LOG.warning("%s lost its connection", pending[message_id].client)
+            # a lost connection, or an answer
+            if reply is None:
+                task.message_id = None
+                self._mark_lost(client, task)
+                continue
+            del pending[client]
+            if isinstance(reply, Failure):
+                yield client, self._fail(client, reply.reason)
             else:
-                client = pending.pop(message_id).client
-                if isinstance(reply, Failure):
-                    yield client, self._fail(client, reply.reason)
-                else:
-                    self._callback.on_reply(client, len(reply))
-                    yield client, reply
+                self._callback.on_reply(client, len(reply))
+                yield client, reply
+
+    def _mark_lost(self, client: str, task: _PendingTask) -> None:
+        """Record that a client's connection was lost."""
+        if task.disconnected_at is None:
+            task.disconnected_at = self._missing_since.setdefault(client, time.monotonic())
+            LOG.warning("%s lost its connection", client)
 
     def _pull(self, message_id: str) -> list[bytes | Failure | None]:
         """Return the replies to one message: at most one, unless Flower errs."""
@@ -284,29 +303,29 @@ class FlowerTransport:
             self._callback.on_late_reply(task.client)
 
     def _resend(self, round_trip: _RoundTrip) -> Iterator[tuple[str, Failure]]:
-        """Resend the tasks of clients that have reconnected, for which the first ones are lost."""
-        online = self._roster.online()
+        """Send their tasks to clients that have come back; what they were sent before is lost."""
+        online = self._online(round_trip.tasks)
         self._callback.on_nodes(self._roster.registered(), sorted(online))
-        for message_id, task in list(round_trip.pending.items()):
-            session = online.get(task.client)
+        for client, task in list(round_trip.pending.items()):
+            session = online.get(client)
             if session is None:
                 continue
             if task.disconnected_at is not None or session != task.session:
-                del round_trip.pending[message_id]
-                LOG.warning("%s came back; it is asked again", task.client)
-                failure = self._push(task.client, session, round_trip)
+                del round_trip.pending[client]
+                LOG.warning("%s came back; it is asked again", client)
+                failure = self._push(client, session, round_trip)
                 if failure is not None:
-                    yield task.client, failure
+                    yield client, failure
 
     def _give_up(self, pending: dict[str, _PendingTask]) -> Iterator[tuple[str, Failure]]:
         """Take back the unanswered tasks and yield their clients' failures."""
-        self._roster.withdraw(pending)
-        for message_id, task in pending.items():
+        self._roster.withdraw(task.message_id for task in pending.values() if task.message_id)
+        for client, task in pending.items():
             reason = "lost its connection and did not come back in time"
-            if task.disconnected_at is None:
+            if task.message_id and task.disconnected_at is None:
                 reason = f"no answer within {self._round_timeout:g} s"
-                self._expired[message_id] = _ExpiredTask(task.client, time.monotonic())
-            yield task.client, self._fail(task.client, reason)
+                self._expired[task.message_id] = _ExpiredTask(client, time.monotonic())
+            yield client, self._fail(client, reason)
 
     def _fail(self, client: str, reason: str) -> Failure:
         """Report and return a client's failure."""

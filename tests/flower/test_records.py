@@ -570,7 +570,7 @@ def test_a_megabyte_of_error_text_becomes_a_line(liar, link):
         min_valid_fraction=1.0,
         callback=Events(lambda event, facts: events.append((event, facts))),
     )
-    pending = {liar.question: SimpleNamespace(client="north", disconnected_at=None)}
+    pending = {"north": SimpleNamespace(message_id=liar.question, disconnected_at=None)}
     started = time.perf_counter()
     ((client, failure),) = transport._collect(pending)
     assert time.perf_counter() - started < 1
@@ -587,7 +587,7 @@ def test_only_flower_itself_can_report_a_node_as_gone(liar, link):
     transport = FlowerTransport(
         link.grid, link, round_timeout=5, join_timeout=5, min_valid_fraction=1.0
     )
-    pending = {liar.question: SimpleNamespace(client="north", disconnected_at=None)}
+    pending = {"north": SimpleNamespace(message_id=liar.question, disconnected_at=None)}
     assert list(transport._collect(pending)) == [("north", Failure("Node unavailable"))]
 
 
@@ -694,7 +694,7 @@ def test_any_other_exception_ends_that_answer_only(link, keys, monkeypatch):
             link.grid, link, round_timeout=5, join_timeout=5, min_valid_fraction=1.0
         )
         pending = {
-            question: SimpleNamespace(client=name, disconnected_at=None)
+            name: SimpleNamespace(message_id=question, disconnected_at=None)
             for name, question in questions.items()
         }
         answers = dict(transport._collect(pending))
@@ -717,7 +717,9 @@ def test_a_grid_that_raises_ends_one_clients_part(monkeypatch):
     transport = FlowerTransport(
         Broken(), None, round_timeout=5, join_timeout=5, min_valid_fraction=1.0
     )
-    pending = {name: SimpleNamespace(client=name, disconnected_at=None) for name in ("bad", "good")}
+    pending = {
+        name: SimpleNamespace(message_id=name, disconnected_at=None) for name in ("bad", "good")
+    }
     ((client, failure),) = transport._collect(pending)
     assert client == "bad" and failure.reason == "its answer could not be read: KeyError: '\\x00'"
     assert list(pending) == ["good"]

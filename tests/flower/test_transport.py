@@ -259,16 +259,44 @@ def test_a_malformed_answer_is_a_failure(world, content):
     }
 
 
-def test_clients_that_are_not_connected_or_not_reached_are_not_waited_for(world):
+def test_a_client_that_is_reconnecting_when_a_round_begins_is_asked_when_it_is_back(world):
+    away = world.here.pop("south")
+    world.at(3, lambda: world.here.update(south=replace(away, connected_at="second")))
+    world.script = {
+        "east": after(60, partial(world.answers, b"east's")),
+        "south": after(1, partial(world.answers, b"south's")),
+    }
+    answers = dict(world.transport().send_and_receive(dict.fromkeys(["east", "south"], b"task")))
+    assert answers == {"east": b"east's", "south": b"south's"}
+    assert [client for _, client, _ in world.sent] == ["east", "south"]
+
+
+def test_an_absence_delays_the_exchanges_by_half_a_minute_altogether(world):
+    """Not each of them: a client that is gone for good is waited for once."""
+    transport, fine = world.transport(), partial(world.answers, b"fine")
+    away = world.here.pop("south")
+    world.script = {name: after(1, fine) for name in ("east", "south")}
+    gone = Failure("lost its connection and did not come back in time")
+    for seconds in (30, 1):
+        before = world.now
+        answers = dict(transport.send_and_receive(dict.fromkeys(["east", "south"], b"task")))
+        assert answers == {"east": b"fine", "south": gone}
+        assert seconds <= world.now - before < seconds + 1
+    # and once more when it has been back
+    world.here["south"] = away
+    assert dict(transport.send_and_receive({"south": b"task"})) == {"south": b"fine"}
     del world.here["south"]
-    world.script = {name: after(1, partial(world.answers, b"fine")) for name in world.here}
-    transport = world.transport()
-    answers = dict(transport.send_and_receive(dict.fromkeys(["east", "south"], b"task")))
-    assert answers == {"east": b"fine", "south": Failure("not connected")} and world.now < 2
+    before = world.now
+    assert dict(transport.send_and_receive({"south": b"task"})) == {"south": gone}
+    assert 30 <= world.now - before < 31
+
+
+def test_a_client_that_flower_does_not_reach_is_not_waited_for(world):
     world.takes_messages = False
-    assert dict(transport.send_and_receive({"east": b"task"})) == {
+    assert dict(world.transport().send_and_receive({"east": b"task"})) == {
         "east": Failure("Flower did not take the message")
     }
+    assert world.now < 2
 
 
 def test_an_answer_after_the_deadline_is_ignored_and_reported(world, caplog):
