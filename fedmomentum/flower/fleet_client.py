@@ -7,7 +7,7 @@ message. Here, messages are handled by the code installed on the node, and no co
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,8 @@ from fedmomentum.utils.text import printable
 
 RETRY_DELAYS = (1.0, 3.0, None)
 """Seconds to wait before each retry of a request; None means to give up."""
+ONCE = (None,)
+"""The same for a request that is not retried."""
 CLOSE_SECONDS = 5.0
 """How long closing a connection waits for requests in progress."""
 MAX_REFUSAL_LENGTH = 4096
@@ -97,15 +99,11 @@ class FleetClient:
         self._requests_change = threading.Condition()
 
     def __enter__(self) -> FleetClient:
-        request = ActivateNodeRequest(
-            public_key=self._public_key, heartbeat_interval=HEARTBEAT_SECONDS
-        )
         try:
-            node_id = self._call(self._client.ActivateNode, request).node_id
+            self._node = self._call(self._activate, HEARTBEAT_SECONDS)
         except BaseException:
             self._client.close()
             raise
-        self._node = Node(node_id=node_id)
         self._heartbeat = threading.Thread(
             target=self._send_heartbeats, name="heartbeat", daemon=True
         )
@@ -135,8 +133,17 @@ class FleetClient:
         with self._requests_change:
             return self._requests_change.wait_for(lambda: self._num_requests == 0, CLOSE_SECONDS)
 
-    def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
-        """Make a request, with retries if the network fails.
+    def _activate(self, heartbeat_interval: float) -> Node:
+        """Tell the server that this node is connected, and return its name for it."""
+        request = ActivateNodeRequest(
+            public_key=self._public_key, heartbeat_interval=heartbeat_interval
+        )
+        return Node(node_id=self._client.ActivateNode(request).node_id)
+
+    def _call(
+        self, method: Callable[[Any], Any], request: Any, *, is_repeatable: bool = True
+    ) -> Any:
+        """Make a request; if the network fails, repeat it unless it may be made only once.
 
         Raises:
             ConnectionLost: If there is no usable answer, or the connection is being closed.
@@ -144,14 +151,16 @@ class FleetClient:
         with self._requests_change:
             self._num_requests += 1
         try:
-            return self._call_repeatedly(method, request)
+            return self._call_repeatedly(method, request, RETRY_DELAYS if is_repeatable else ONCE)
         finally:
             with self._requests_change:
                 self._num_requests -= 1
                 self._requests_change.notify_all()
 
-    def _call_repeatedly(self, method: Callable[[Any], Any], request: Any) -> Any:
-        for delay in RETRY_DELAYS:
+    def _call_repeatedly(
+        self, method: Callable[[Any], Any], request: Any, delays: Sequence[float | None]
+    ) -> Any:
+        for delay in delays:
             if self._lost or self._stop.is_set():
                 raise ConnectionLost(self._lost or "closed")
             try:
@@ -177,9 +186,8 @@ class FleetClient:
         Raises:
             ConnectionLost: If the server cannot be reached or does not admit this node.
         """
-        request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=PROBE_SECONDS)
         try:
-            self._client.ActivateNode(request)
+            self._activate(PROBE_SECONDS)
         except httpx.HTTPStatusError as error:
             refusal = _flower_error(error)
             expected = ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
@@ -191,15 +199,29 @@ class FleetClient:
             self._client.close()
 
     def _send_heartbeats(self) -> None:
-        """Tell the server that this node is alive; runs in its own thread."""
-        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_SECONDS)
+        """Tell the server that this node is alive; runs in its own thread.
+
+        A task may run for long, and no other thread reconnects meanwhile. So if the server does not
+        know this node any more, because it restarted, this thread connects it again. What belongs
+        to the old connection is not sent over the new one: `_lost` is set before that.
+        """
+        is_known = True
         # three per interval, so that two may be lost
         while not self._stop.wait(HEARTBEAT_SECONDS / 3):
             try:
-                self._client.SendNodeHeartbeat(request)
+                if is_known:
+                    self._client.SendNodeHeartbeat(
+                        SendNodeHeartbeatRequest(
+                            node=self._node, heartbeat_interval=HEARTBEAT_SECONDS
+                        )
+                    )
+                else:
+                    self._node = self._activate(HEARTBEAT_SECONDS)
+                    is_known = True
             except httpx.HTTPStatusError as error:
-                self._lost = _refusal(error)
-                return
+                if not _is_transient(error):
+                    self._lost = _refusal(error)
+                    is_known = False
             except (httpx.HTTPError, OSError, ValueError, RuntimeError):
                 continue  # the next one may get through
 
@@ -211,7 +233,10 @@ class FleetClient:
         Raises:
             ConnectionLost: If it cannot be fetched.
         """
-        response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        # the server hands out a message once: if the answer is lost, only a new connection makes
+        # it send the task again
+        request = PullMessagesRequest(node=self._node)
+        response = self._call(self._client.PullMessages, request, is_repeatable=False)
         if not len(response.messages_list):
             return None
         try:
@@ -299,7 +324,13 @@ class FleetClient:
             push_objects(objects, push, object_ids_to_push=set(response.objects_to_push))
 
 
-# ── errors as text ──
+# ── errors ──
+
+
+def _is_transient(error: httpx.HTTPStatusError) -> bool:
+    """Return whether the same request may succeed later, such as when a proxy restarts."""
+    status = error.response.status_code
+    return status >= 500 or status in (408, 429)
 
 
 def _flower_error(error: httpx.HTTPStatusError) -> FlowerError | None:
