@@ -216,6 +216,8 @@ class FlowerTransport:
                 checked_at = time.monotonic()
                 yield from self._resend(round_trip)
             time.sleep(POLL_SECONDS)
+        # what arrived in time counts, even if the caller was busy with another reply until now
+        yield from self._collect(pending)
         # what is still missing is a failure
         yield from self._give_up(pending)
 

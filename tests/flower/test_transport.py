@@ -184,6 +184,18 @@ def test_no_client_is_waited_for_beyond_the_deadline_and_the_others_count(world)
     assert [f["client"] for f in world.events_of("failed")] == ["north", "south"]
 
 
+def test_a_reply_that_arrives_while_another_is_processed_is_in_time(world):
+    world.script = {
+        "east": after(99.5, partial(world.answers, b"east's")),
+        "south": after(98.9, partial(world.answers, b"south's")),
+    }
+    answers = {}
+    for client, answer in world.transport().send_and_receive({"east": b"task", "south": b"task"}):
+        answers[client] = answer
+        world.sleep(2)
+    assert answers == {"east": b"east's", "south": b"south's"} and world.now > ROUND
+
+
 def failed(world, code, reason):
     """The server's own error about a node: Flower signs it with the server's node id."""
 
