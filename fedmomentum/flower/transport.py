@@ -187,6 +187,10 @@ class FlowerTransport:
         self._has_started = True
         return online
 
+    def connected(self) -> Sequence[str]:
+        """Return the connected clients, sorted, however few they are and without waiting."""
+        return sorted(self._online(self._roster.registered()))
+
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Send all tasks, and yield each client's reply or failure within `round_timeout`.
 

@@ -34,6 +34,10 @@ class Transport(Protocol):
         """
         ...
 
+    def connected(self) -> Sequence[str]:
+        """Return the connected clients, sorted, however few they are and without waiting."""
+        ...
+
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Send all tasks, and yield a reply or a failure for each client, in order of arrival.
 
@@ -53,6 +57,10 @@ class InProcessTransport:
         self._clients = dict(sorted(clients.items()))
 
     def clients(self) -> Sequence[str]:
+        """Return the clients' names, sorted."""
+        return list(self._clients)
+
+    def connected(self) -> Sequence[str]:
         """Return the clients' names, sorted."""
         return list(self._clients)
 

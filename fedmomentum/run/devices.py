@@ -198,6 +198,10 @@ class DeviceTransport:
         """Return the clients' names, sorted."""
         return sorted(self._worker_of)
 
+    def connected(self) -> Sequence[str]:
+        """Return the clients' names, sorted."""
+        return sorted(self._worker_of)
+
     def send_and_receive(self, tasks: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         """Have every worker do its clients' tasks, sorted by client name."""
         for client in sorted(tasks):

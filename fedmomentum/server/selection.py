@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,12 +75,20 @@ def evaluating_clients(
     config: Config,
     server_round: int,
     accepted: Sequence[str],
-    all_clients: Callable[[], Sequence[str]],
+    connected: Sequence[str],
 ) -> Sequence[str]:
-    """Return which clients evaluate: all after the last round, else those that were accepted."""
+    """Return which clients evaluate: those that were accepted, and all others in the last round.
+
+    Args:
+        config: The run's settings.
+        server_round: The round.
+        accepted: The clients whose updates are used.
+        connected: The clients that are connected now. They need no quorum: the round is complete,
+            and must not be lost because clients left.
+    """
     every = config.evaluation.every
     if every and server_round == config.federation.num_rounds:
-        return all_clients()
+        return sorted({*accepted, *connected})
     if every and server_round % every == 0:
         return accepted
     return []

@@ -135,7 +135,7 @@ class Server:
             combined = self._aggregate(server_round, trained)
         # The aggregate becomes the model that is evaluated now and trained in the next round.
         eval_clients = evaluating_clients(
-            self._config, server_round, trained.accepted, self._available_clients
+            self._config, server_round, trained.accepted, self._known(self._transport.connected())
         )
         with timer.phase("merge"):
             self._advance(combined.result)
@@ -166,7 +166,8 @@ class Server:
     def evaluate_base_model(self) -> RoundRecord:
         """Run round 0: evaluate the base model without training."""
         self._callbacks.on_round_begin(0, [])
-        clients = self._available_clients() if self._config.evaluation.every else []
+        every = self._config.evaluation.every
+        clients = self._known(self._transport.clients()) if every else []
         evaluated = self._evaluate(0, clients, None)
         record = base_record(self.model, evaluated)
         seconds = PhaseTimer().total(Replies(), evaluated.replies)
@@ -175,13 +176,12 @@ class Server:
 
     # ── sampling and sending ──
 
-    def _available_clients(self) -> Sequence[str]:
-        """Return the clients that can take part now; with secure sums, only those on the roster."""
-        client_ids = self._transport.clients()
+    def _known(self, client_ids: Sequence[str]) -> Sequence[str]:
+        """Return the clients that can take part: all; with secure sums, those on the roster."""
         return client_ids if self._secure is None else self._secure.known(client_ids)
 
     def _sample_clients(self, server_round: int) -> list[str]:
-        client_ids = self._available_clients()
+        client_ids = self._known(self._transport.clients())
         fraction = self._config.federation.client_fraction
         return sample_clients(self._config.run.seed, server_round, client_ids, fraction)
 

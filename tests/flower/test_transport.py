@@ -412,6 +412,11 @@ def test_too_few_clients_at_the_deadline_are_reported_with_names_and_numbers(wor
         world.transport().clients()
 
 
+def test_who_is_connected_is_known_without_waiting_for_a_quorum(world):
+    del world.here["south"], world.here["north"]
+    assert world.transport(min_valid_fraction=1.0).connected() == ["east"] and world.now == 0
+
+
 @pytest.mark.parametrize(
     ("min_valid_fraction", "needed"),
     [(0.01, 1), (1 / 3, 1), (0.34, 2), (2 / 3, 2), (0.67, 3), (1.0, 3)],

@@ -552,6 +552,49 @@ def test_a_failed_evaluation_is_reported_and_the_round_counts(folder, tmp_path):
     assert set(row["evaluation"]["by_client"]) == {"site0", "site1"}
 
 
+def test_clients_that_leave_after_the_last_update_do_not_undo_the_round(folder, tmp_path):
+    """Fewer are connected than a round needs; those whose updates count are asked for scores anyway."""
+    config = tiny_config(folder, federation={"num_rounds": 1, "min-valid-fraction": 1.0})
+    run = prepare(config, tmp_path / "run")
+    steps = {client.client_id: client.handle for client in run.clients}
+
+    class Transport(InProcessTransport):
+        """Loses two clients, one of them for good, while it sends the last update."""
+
+        has_trained = False
+
+        def clients(self):
+            if self.has_trained:
+                raise QuorumError("1 of 3 registered clients are connected")
+            return super().clients()
+
+        def connected(self):
+            return ["site2"] if self.has_trained else super().connected()
+
+        def send_and_receive(self, tasks):
+            kinds = {decode_task(payload).kind for payload in tasks.values()}
+            for client, answer in super().send_and_receive(tasks):
+                is_away = kinds == {"evaluate"} and self.has_trained and client == "site0"
+                yield client, Failure("gone") if is_away else answer
+            self.has_trained |= kinds == {"train"}
+
+    for client in run.clients:
+        client.training_function = nudge
+    Server(
+        Transport(steps),
+        method=run.method,
+        model=run.model,
+        state=run.state,
+        config=config,
+        directory=run.directory,
+    ).run()
+    run.close()
+    row = timeless(tmp_path / "run")[1]
+    assert row["accepted"] == ["site0", "site1", "site2"]
+    assert row["failures"] == {"site0": "evaluation: gone"}
+    assert set(row["evaluation"]["by_client"]) == {"site1", "site2"}
+
+
 # ── resume ──
 
 
