@@ -41,6 +41,8 @@ from fedmomentum.web.limits import ConnectionLimits
 from fedmomentum.web.listener import Listener
 
 LOG = logging.getLogger("fedmomentum")
+ADMIT_SECONDS = 2.0
+"""How often the files in `keys/nodes` are read while nothing asks who is admitted."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class SuperLink:
         self._nodes: dict[str, _Node] = {}
         self._names_by_key: dict[bytes, str] = {}
         self._names_by_id: dict[int, str] = {}
+        self._admit_lock = threading.Lock()
         self._reported_problems: dict[str, str] = {}  # by file in keys/nodes
         self._notices = ThrottledLog()
         self.ledger = TaskLedger()
@@ -99,9 +102,7 @@ class SuperLink:
         gate = Gate(self._app(), self._names_by_key.get, self._refuse_answer, self._notices)
         self._listener = Listener(gate, host, port, tls=server_context(keys), limits=limits)
         self._stop = threading.Event()
-        self._heartbeat = threading.Thread(
-            target=self._send_heartbeats, name="superlink heartbeat", daemon=True
-        )
+        self._upkeep = threading.Thread(target=self._keep_up, name="superlink upkeep", daemon=True)
 
     def _start_run(self) -> tuple[int, int]:
         """Start the run and task that Flower requires messages to belong to.
@@ -153,7 +154,7 @@ class SuperLink:
 
     def __enter__(self) -> SuperLink:
         self._listener.__enter__()
-        self._heartbeat.start()
+        self._upkeep.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -169,10 +170,12 @@ class SuperLink:
         """Return the number of open connections, including strangers'."""
         return self._listener.num_connections()
 
-    def _send_heartbeats(self) -> None:
-        """Keep the run's task alive; runs in its own thread."""
-        while not self._stop.wait(HEARTBEAT_SECONDS):
+    def _keep_up(self) -> None:
+        """Keep the run's task alive and the admitted nodes up to date; runs in its own thread."""
+        while not self._stop.wait(ADMIT_SECONDS):
             self._state.acknowledge_task_heartbeat(self._task_id)
+            # a removed node must not wait for the run to ask who is admitted
+            self.admit()
 
     # ── the nodes ──
 
@@ -182,6 +185,10 @@ class SuperLink:
         A file that admits nobody (half copied, no key, invalid name, same key as another file) is
         an operator's mistake: it is reported once and does not affect the other nodes.
         """
+        with self._admit_lock:
+            self._admit()
+
+    def _admit(self) -> None:
         admitted = read_admitted_nodes(self._keys)
         for file, problem in admitted.problems.items():
             if self._reported_problems.get(file) != problem:
@@ -217,15 +224,20 @@ class SuperLink:
 
     def registered(self) -> list[str]:
         """Return the names of all admitted nodes, sorted."""
-        self.admit()
-        return sorted(self._nodes)
+        return sorted(self._admitted())
+
+    def _admitted(self) -> dict[str, _Node]:
+        """Return the admitted nodes as of now, by name."""
+        with self._admit_lock:
+            self._admit()
+            return dict(self._nodes)
 
     def online(self) -> dict[str, Session]:
         """Return the connected nodes by name, sorted."""
         online_ids = set(self.grid.get_node_ids())
         ids_by_name = {
             name: node.node_id
-            for name, node in sorted(self._nodes.items())
+            for name, node in sorted(self._admitted().items())
             if node.node_id in online_ids
         }
         infos = self._state.get_node_info(node_ids=list(ids_by_name.values()))

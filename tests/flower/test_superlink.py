@@ -207,6 +207,32 @@ def test_a_node_removed_while_connected_can_do_nothing_more(link, keys):
         connect(link.port, keys, "west").__enter__()
 
 
+def test_a_removed_node_is_refused_even_if_nothing_asks_who_is_admitted(link, keys):
+    """As while the server aggregates."""
+    _, public = make_node_key("northwest", keys.parent)
+    admit_node(public, keys)
+    assert "northwest" in link.registered()
+    with connect(link.port, keys, "northwest") as connection:
+        assert fetch(connection) is None
+        (keys / "nodes" / "northwest.pub").unlink()
+        with pytest.raises(ConnectionLost):
+            for _ in range(100):
+                fetch(connection)
+                time.sleep(0.1)
+
+
+def test_a_removed_node_is_not_sent_the_next_task(keys):
+    _, public = make_node_key("southwest", keys.parent)
+    admit_node(public, keys)
+    with as_node():
+        link = running(keys)  # without the thread that does the same
+    for node in link._nodes.values():
+        link._state.activate_node(node.node_id, HEARTBEAT_SECONDS)
+    assert list(link.online()) == ["north", "south", "southwest"]
+    (keys / "nodes" / "southwest.pub").unlink()
+    assert list(link.online()) == ["north", "south"]
+
+
 def test_a_name_is_its_key_and_one_process_at_a_time_has_it(link, keys):
     with connect(link.port, keys, "north"):
         with pytest.raises(ConnectionLost, match="another process uses the same key"):
