@@ -146,6 +146,11 @@ class SuperLinkGrid(Grid):
         check_objects(message.metadata.message_id, contents)
         return _inflate(message, contents)
 
+    def discard(self, task_id: str) -> None:
+        """Delete a task and whatever has arrived in reply to it."""
+        self._discard(task_id, "")
+        self._ledger.close(task_id)
+
     def _discard(self, task_id: str, reason: str) -> Message:
         """Delete what has arrived for a task, and return an error in place of its reply."""
         state = self._state

@@ -77,6 +77,9 @@ class NodeRoster:
     def withdraw(self, message_ids: Iterable[str]) -> None:
         """Do nothing: Flower's SuperLink does not return what it was given."""
 
+    def discard(self, message_id: str) -> None:
+        """Do nothing, for the same reason."""
+
     # ── asking ──
 
     def _refresh(self) -> set[Session]:

@@ -255,3 +255,7 @@ class SuperLink:
             if message is not None and message.metadata.delivered_at == "":
                 state.delete_messages(message_ins_ids={message_id})
                 state.object_store.delete(message_id)
+
+    def discard(self, message_id: str) -> None:
+        """Delete a message and whatever has arrived in reply to it."""
+        self.grid.discard(message_id)

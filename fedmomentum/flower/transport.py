@@ -59,6 +59,10 @@ class Roster(Protocol):
         """Take back those of the messages that nobody has fetched yet."""
         ...
 
+    def discard(self, message_id: str) -> None:
+        """Delete a message and whatever has arrived in reply to it."""
+        ...
+
 
 # ── the transport ──
 
@@ -68,8 +72,8 @@ class _PendingTask:
     """A client's task without a reply so far.
 
     Attributes:
-        message_id: The message it was sent in; None if there is none: the client was not connected,
-            or Flower gave the message up.
+        message_id: The message it was sent in; None if the client was not connected, or the message
+            was abandoned.
         session: The client's connection at that time, if it was connected.
         disconnected_at: When the client was first missing; None while it is connected.
     """
@@ -273,8 +277,8 @@ class FlowerTransport:
             reply = replies[0]
             # a lost connection, or an answer
             if reply is None:
-                task.message_id = None
                 self._mark_lost(client, task)
+                self._abandon(task)
                 continue
             del pending[client]
             if isinstance(reply, Failure):
@@ -288,6 +292,12 @@ class FlowerTransport:
         if task.disconnected_at is None:
             task.disconnected_at = self._missing_since.setdefault(client, time.monotonic())
             LOG.warning("%s lost its connection", client)
+
+    def _abandon(self, task: _PendingTask) -> None:
+        """Delete what is left of a message whose client's connection was lost."""
+        if task.message_id is not None:
+            self._roster.discard(task.message_id)
+            task.message_id = None
 
     def _pull(self, message_id: str) -> list[bytes | Failure | None]:
         """Return the replies to one message: at most one, unless Flower errs."""
@@ -315,8 +325,11 @@ class FlowerTransport:
         for client, task in list(round_trip.pending.items()):
             session = online.get(client)
             if session is None:
+                # Flower does not report a client that left while its reply was arriving
+                self._mark_lost(client, task)
                 continue
             if task.disconnected_at is not None or session != task.session:
+                self._abandon(task)
                 del round_trip.pending[client]
                 LOG.warning("%s came back; it is asked again", client)
                 failure = self._push(client, session, round_trip)
@@ -331,6 +344,8 @@ class FlowerTransport:
             if task.message_id and task.disconnected_at is None:
                 reason = f"no answer within {self._round_timeout:g} s"
                 self._expired[task.message_id] = _ExpiredTask(client, time.monotonic())
+            else:
+                self._abandon(task)
             yield client, self._fail(client, reason)
 
     def _fail(self, client: str, reason: str) -> Failure:

@@ -627,6 +627,21 @@ def test_endless_answers_leave_nothing_behind(liar, link):
     assert len(sessions) == before
 
 
+def test_half_an_answer_can_be_discarded(liar, link):
+    """As when its node died while it was sending it."""
+    state = link._state
+    before = len(state.object_store), len(state.message_res_store)
+    assert liar.post("push-messages", liar.request(pack_payload(b"half"))).status_code == 200
+    assert list(link.grid.pull_messages([liar.question])) == []
+    assert liar.question in link.grid._arriving and len(state.object_store) > before[0]
+    link.discard(liar.question)
+    assert liar.question not in link.grid._arriving
+    assert liar.question not in state.message_ins_store
+    assert liar.node.node_id not in link.ledger.open_tasks
+    assert (len(state.object_store), len(state.message_res_store)) == before
+    assert round_trip(link, liar.connection, "north", b"next", b"answer") == (b"next", b"answer")
+
+
 def test_a_node_cannot_delete_a_message_of_another(liar, link, keys, stranger):
     """Confirming a message deletes it, and so would naming it as a part of an answer and ending that answer."""
     with connect(link.port, keys, "south") as south:

@@ -44,6 +44,7 @@ class World:
     events: list[tuple[str, dict]] = field(default_factory=list)
     asked_for: set[str] = field(default_factory=set)
     withdrawn: set[str] = field(default_factory=set)
+    discarded: list[str] = field(default_factory=list)
     takes_messages: bool = True
 
     def __post_init__(self):
@@ -73,6 +74,9 @@ class World:
 
     def withdraw(self, names):
         self.withdrawn |= set(names)
+
+    def discard(self, name):
+        self.discarded.append(name)
 
     # the grid
     def push_messages(self, messages):
@@ -238,6 +242,26 @@ def test_a_lost_connection_does_not_delay_the_round_for_long(world):
     assert 20 <= world.now < ROUND / 2 and len(world.sent) == 2
 
 
+def test_a_client_that_leaves_while_its_reply_arrives_is_not_waited_for_longer(world):
+    """Flower no longer reports a client as gone once its reply has begun."""
+    world.script = {
+        "east": lambda message: [(5, lambda message: world.here.pop("east"))],
+        "north": after(20, partial(world.answers, b"fine")),
+    }
+    answers = dict(world.transport().send_and_receive(dict.fromkeys(["east", "north"], b"task")))
+    assert answers["north"] == b"fine" and "lost its connection" in answers["east"].reason
+    assert 35 <= world.now < 40 and world.discarded == ["message 0"]
+
+
+def test_a_client_that_leaves_once_it_has_answered_counts(world):
+    def answers_and_leaves(message):
+        del world.here["east"]
+        world.answers(b"in time", message)
+
+    world.script["east"] = after(1.95, answers_and_leaves)
+    assert dict(world.transport().send_and_receive({"east": b"task"})) == {"east": b"in time"}
+
+
 def test_a_client_that_flower_reported_gone_and_that_reconnects_still_answers(world):
     def disconnects(message):
         del world.here["east"]
@@ -340,17 +364,17 @@ def test_a_client_that_reconnects_is_asked_again_with_the_remaining_time(world):
         world.here["east"] = Session(100, "second")
         world.script["east"] = after(5, partial(world.answers, b"after all"))
 
-    world.script["east"] = lambda message: [(10, disconnects), (40, reconnects)]
+    world.script["east"] = lambda message: [(10, disconnects), (30, reconnects)]
     assert dict(world.transport().send_and_receive({"east": b"task"})) == {"east": b"after all"}
     (first, _, _), (second, _, again) = world.sent
     payload, seconds = unpack_payload(again.content)
     assert (
         first == 0
-        and 40 <= second <= 43
+        and 30 <= second <= 33
         and payload == b"task"
         and seconds == pytest.approx(ROUND - second)
     )
-    assert world.now < 50
+    assert world.now < 40 and world.discarded == ["message 0"]
 
 
 def test_a_client_that_stays_connected_is_asked_once(world):
