@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Result
 
 from fedmomentum.aggregation.method import Method
 from fedmomentum.aggregation.registry import build_method
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger("flwr")
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+"""An evaluation on the server: round and arrays to metrics."""
 
 
 class FedMomentumStrategy(FedAvg):
@@ -84,6 +86,50 @@ class FedMomentumStrategy(FedAvg):
         self.state: StrategyState | None = None
         self._arrays_digest = ""
         self._sent: list[Metadata] = []
+        self._has_given_residual = False
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run the rounds as FedAvg does.
+
+        `evaluate_fn` gets only the adapter's arrays. The model of a round is that adapter on the
+        base with `residual_content` applied; a warning is logged if `evaluate_fn` leaves it out.
+        """
+        return super().start(
+            grid,
+            initial_arrays,
+            num_rounds,
+            timeout,
+            train_config,
+            evaluate_config,
+            None if evaluate_fn is None else self._watched(evaluate_fn),
+        )
+
+    def _watched(self, evaluate_fn: EvaluateFn) -> EvaluateFn:
+        """Return the function with a warning if it does not ask for the base residual."""
+
+        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            self._has_given_residual = False
+            metrics = evaluate_fn(server_round, arrays)
+            has_residual = self.state is not None and bool(self.state.residual)
+            if has_residual and not self._has_given_residual:
+                LOG.warning(
+                    "evaluate_fn scored round %d without the base residual, which is another model "
+                    "than the clients'. Call apply_base_residual(model, "
+                    "strategy.residual_content()) in it",
+                    server_round,
+                )
+            return metrics
+
+        return evaluate
 
     # ── sending ──
 
@@ -131,14 +177,10 @@ class FedMomentumStrategy(FedAvg):
         return arrays
 
     def _with_residual(self, messages: Iterable[Message]) -> list[Message]:
-        state = self._require_state()
-        record = state.residual_arrays()
-        which = ConfigRecord({"round": state.server_round, "sha256": digest(record)})
+        residual = _residual_content(self._require_state())
         messages = list(messages)
         for message in messages:
-            message.content[STATE_KEY] = which
-            if record:
-                message.content[RESIDUAL_KEY] = record
+            message.content.update(residual)
         # the grid will write message ids into these
         self._sent = [message.metadata for message in messages]
         return messages
@@ -222,6 +264,14 @@ class FedMomentumStrategy(FedAvg):
 
     # ── the global model ──
 
+    def residual_content(self) -> RecordDict:
+        """Return the base residual that belongs to the last arrays, as messages to clients hold it.
+
+        Give it to `apply_base_residual`. Before the first round it is empty, and changes nothing.
+        """
+        self._has_given_residual = True
+        return RecordDict() if self.state is None else _residual_content(self.state)
+
     def save(self, directory: Path | str) -> None:
         """Write the global model for `fedmomentum export`, `inspect` and the other commands.
 
@@ -255,6 +305,16 @@ class FedMomentumStrategy(FedAvg):
         if self.state is None:
             raise ConfigError("the strategy has no arrays yet; call start(), or load()")
         return self.state
+
+
+def _residual_content(state: StrategyState) -> RecordDict:
+    """Return a state's base residual, if there is one, and which it is, as messages hold them."""
+    record = state.residual_arrays()
+    which = ConfigRecord({"round": state.server_round, "sha256": digest(record)})
+    content = RecordDict({STATE_KEY: which})
+    if record:
+        content[RESIDUAL_KEY] = record
+    return content
 
 
 def _check_method(method: Method) -> None:

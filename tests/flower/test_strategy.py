@@ -168,6 +168,30 @@ def test_next_model_is_the_exact_weighted_mean(method):
             np.testing.assert_allclose(waiting[module], 0, atol=1e-10)
 
 
+def test_an_evaluation_on_the_server_gets_the_residual_or_a_warning(caplog):
+    strategy = make_strategy()
+    contents = []
+
+    def evaluate_all(server_round, arrays):
+        contents.append((strategy.residual_content(), arrays))
+
+    grid = LoopGrid({node: Client(node) for node in EXAMPLES})
+    strategy.start(grid, adapter_arrays(), num_rounds=2, evaluate_fn=evaluate_all)
+    assert "without the base residual" not in caplog.text
+    assert not contents[0][0]
+    # after round 1, what clients are sent in round 2
+    sent = grid.sent[-1].content
+    content, arrays = contents[1]
+    assert arrays == sent["arrays"] and RESIDUAL_KEY in content
+    assert {key: sent[key] for key in content} == dict(content)
+
+    strategy = make_strategy()
+    grid = LoopGrid({node: Client(node) for node in EXAMPLES})
+    strategy.start(grid, adapter_arrays(), num_rounds=1, evaluate_fn=lambda *_: None)
+    assert "evaluate_fn scored round 1 without the base residual" in caplog.text
+    assert "scored round 0" not in caplog.text
+
+
 def test_stock_fedavg_gives_a_different_model():
     _, clients, _ = play(make_strategy())
     stock, stock_clients, _ = play(FedAvg(fraction_evaluate=0.0))
