@@ -19,6 +19,10 @@ TITLES = {
         "commonsense-few": "2 local steps, 12 rounds",
         "commonsense-many": "8 local steps, 3 rounds",
     },
+    "maths": {
+        "maths-few": "2 local steps, 12 rounds",
+        "maths-many": "8 local steps, 3 rounds",
+    },
 }
 """By comparison: folders of results, and their titles."""
 CHOICES = "choices.csv"
