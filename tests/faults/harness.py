@@ -499,8 +499,8 @@ class Reference(InProcessTransport):
         self._config, self._fails, self._lies = federation.config, fails, lies
         self._names, self._configs = sorted(federation.names), configs
         self._asked = (
-            -2 if self._config.evaluation.every else -1
-        )  # once to start, and once for round 0
+            -3 if self._config.evaluation.every else -2
+        )  # twice to start, and once for round 0
 
     def run(self, out: Path) -> None:
         """The run, in a folder beside which the clients' stores are."""
