@@ -283,11 +283,27 @@ def test_sampling_is_a_function_of_seed_and_round(n, client_fraction, seed, serv
 # ── faults ──
 
 
+def run_over(run, transport):
+    """Run the prepared rounds over another transport, with clients that nudge; return the model."""
+    for client in run.clients:
+        client.training_function = nudge
+    try:
+        return Server(
+            transport,
+            method=run.method,
+            model=run.model,
+            state=run.state,
+            config=run.config,
+            directory=run.directory,
+        ).run()
+    finally:
+        run.close()
+
+
 def with_faults(config, out, faults, rounds=None, kind="train", stores=None):
     """A run in which `faults[client](payload, honest) -> bytes | Failure` stands between a client and the server."""
     run = with_faults.run = prepare(config, out)
     for client in run.clients:
-        client.training_function = nudge
         client.store.directory = (stores or {}).get(client.client_id, client.store.directory)
 
     steps = {c.client_id: c.handle for c in run.clients}
@@ -309,18 +325,7 @@ def with_faults(config, out, faults, rounds=None, kind="train", stores=None):
         def send_and_receive(self, tasks):
             return ((c, a) for c, a in super().send_and_receive(tasks) if a is not None)
 
-    try:
-        model = Server(
-            Transport({c: wrapped(c) for c in steps}),
-            method=run.method,
-            model=run.model,
-            state=run.state,
-            config=config,
-            directory=run.directory,
-        ).run()
-    finally:
-        run.close()
-    return model
+    return run_over(run, Transport({c: wrapped(c) for c in steps}))
 
 
 def _raise(payload, honest):
@@ -535,17 +540,7 @@ def test_a_failed_evaluation_is_reported_and_the_round_counts(folder, tmp_path):
             raise RuntimeError("no test data today")
         return client.handle(payload)
 
-    for client in run.clients:
-        client.training_function = nudge
-    Server(
-        InProcessTransport({c.client_id: partial(step, client=c) for c in run.clients}),
-        method=run.method,
-        model=run.model,
-        state=run.state,
-        config=config,
-        directory=run.directory,
-    ).run()
-    run.close()
+    run_over(run, InProcessTransport({c.client_id: partial(step, client=c) for c in run.clients}))
     row = timeless(tmp_path / "run")[1]
     assert row["accepted"] == ["site0", "site1", "site2"]
     assert row["failures"] == {"site2": "evaluation: RuntimeError: no test data today"}
@@ -578,17 +573,7 @@ def test_clients_that_leave_after_the_last_update_do_not_undo_the_round(folder, 
                 yield client, Failure("gone") if is_away else answer
             self.has_trained |= kinds == {"train"}
 
-    for client in run.clients:
-        client.training_function = nudge
-    Server(
-        Transport(steps),
-        method=run.method,
-        model=run.model,
-        state=run.state,
-        config=config,
-        directory=run.directory,
-    ).run()
-    run.close()
+    run_over(run, Transport(steps))
     row = timeless(tmp_path / "run")[1]
     assert row["accepted"] == ["site0", "site1", "site2"]
     assert row["failures"] == {"site0": "evaluation: gone"}
