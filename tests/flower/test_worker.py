@@ -148,7 +148,7 @@ def test_a_worker_that_hangs_is_ended_with_its_children_and_replaced(light):
         WorkerError, match="took longer than the round allows; its worker was ended"
     ):
         light.run_task(b"hang", 0.5)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert has_ended(first) and has_ended(child)
     assert pid(light) != first
 

