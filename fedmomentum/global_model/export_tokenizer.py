@@ -51,7 +51,11 @@ def write_stop_tokens(directory: Path, tokenizer: Any) -> None:
     if not token_ids:
         return
     file = directory / GENERATION_CONFIG
-    write_json(file, {**read_json_object(file), "eos_token_id": token_ids})
+    settings = read_json_object(file)
+    # They no longer follow from config.json, from which some versions of transformers would then
+    # make them anew.
+    settings.pop("_from_model_config", None)
+    write_json(file, {**settings, "eos_token_id": token_ids})
 
 
 def _own_stop_tokens(directory: Path) -> list[int]:

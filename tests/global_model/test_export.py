@@ -472,6 +472,8 @@ def test_an_export_stops_where_answers_to_chats_end(tmp_path, has_settings):
     settings = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config
     assert settings.eos_token_id == wanted
     assert not has_settings or settings.top_k == 7
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert "_from_model_config" not in written
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert f"model.generation_config.eos_token_id = {wanted}\n" in card
 
