@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,16 +179,17 @@ class SuperLink:
 
     # ── the nodes ──
 
-    def admit(self) -> None:
-        """Synchronize the admitted nodes with the files in `keys/nodes`.
+    def admit(self) -> Mapping[str, _Node]:
+        """Synchronize the admitted nodes with the files in `keys/nodes`, and return them by name.
 
         A file that admits nobody (half copied, no key, invalid name, same key as another file) is
         an operator's mistake: it is reported once and does not affect the other nodes.
         """
         with self._admit_lock:
-            self._admit()
+            self._read_admitted()
+            return dict(self._nodes)
 
-    def _admit(self) -> None:
+    def _read_admitted(self) -> None:
         admitted = read_admitted_nodes(self._keys)
         for file, problem in admitted.problems.items():
             if self._reported_problems.get(file) != problem:
@@ -224,20 +225,14 @@ class SuperLink:
 
     def registered(self) -> list[str]:
         """Return the names of all admitted nodes, sorted."""
-        return sorted(self._admitted())
-
-    def _admitted(self) -> dict[str, _Node]:
-        """Return the admitted nodes as of now, by name."""
-        with self._admit_lock:
-            self._admit()
-            return dict(self._nodes)
+        return sorted(self.admit())
 
     def online(self) -> dict[str, Session]:
         """Return the connected nodes by name, sorted."""
         online_ids = set(self.grid.get_node_ids())
         ids_by_name = {
             name: node.node_id
-            for name, node in sorted(self._admitted().items())
+            for name, node in sorted(self.admit().items())
             if node.node_id in online_ids
         }
         infos = self._state.get_node_info(node_ids=list(ids_by_name.values()))

@@ -2,7 +2,7 @@
 
 Training ends the answer to a chat with the special token that the chat template puts there, such as
 ``<|im_end|>``. The generation settings of many base models name another one. Stock `generate` would
-then go on after the answer, until it reaches its limit.
+then continue past the answer until it reaches its limit.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ def write_stop_tokens(directory: Path, tokenizer: Any) -> None:
         return
     file = directory / GENERATION_CONFIG
     settings = read_json_object(file)
-    # They no longer follow from config.json, from which some versions of transformers would then
-    # make them anew.
+    # Some versions of transformers would otherwise rebuild the settings from config.json.
     settings.pop("_from_model_config", None)
     write_json(file, {**settings, "eos_token_id": token_ids})
 

@@ -242,15 +242,15 @@ def with_start_adapter(
 def _check_start_base(recorded: BaseIdentity, base: BaseIdentity) -> None:
     """Refuse an adapter to start from that records another base model than the run's.
 
-    If only the quantization differs, it is another start, but training goes on from it: a warning.
+    If only the quantization differs, training can still start from the adapter. A warning says so.
 
     Raises:
         AdapterError: If the weights of the two base models differ.
     """
     if recorded.sha256 and recorded.quantization != base.quantization:
         LOG.warning(
-            "the adapter of lora.start-from was trained with %s, and the run has %s; the run "
-            "begins with other answers than the adapter gave",
+            "the adapter of lora.start-from was trained with %s, and the run has %s; the "
+            "model of round 0 differs from the one that the adapter was trained for",
             recorded.quantization or "no quantization",
             base.quantization or "no quantization",
         )
