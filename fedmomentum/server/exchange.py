@@ -53,16 +53,21 @@ class Exchange:
         transport: Reaches the clients.
         config: The run's settings.
         directory: The run's directory, which holds the objects that clients may need.
-        draws_adapter: Whether clients draw the adapter themselves, from the run's seed.
+        samples_adapter: Whether clients sample the adapter themselves, from the run's seed.
     """
 
     def __init__(
-        self, transport: Transport, config: Config, directory: RunDirectory, *, draws_adapter: bool
+        self,
+        transport: Transport,
+        config: Config,
+        directory: RunDirectory,
+        *,
+        samples_adapter: bool,
     ) -> None:
         self._transport = transport
         self._config = config
         self._directory = directory
-        self._draws_adapter = draws_adapter
+        self._samples_adapter = samples_adapter
 
     def ask(
         self,
@@ -93,7 +98,7 @@ class Exchange:
         reports = _ClientReports()
 
         # First try: send what the server believes each client needs.
-        first_tasks = tasks.planned(self._directory)
+        first_tasks = tasks.plan(self._directory)
         retry_tasks: dict[str, Task] = {}
         for client, reply in collect(self._transport, first_tasks, collected, limit):
             if not isinstance(reply.answer, MissingObjects):
@@ -103,19 +108,19 @@ class Exchange:
             if missing <= tasks.needed - first_tasks[client].objects.keys():
                 retry_tasks[client] = tasks.task(client, missing)
             else:
-                collected.failures[client] = _keeps_nothing(client)
+                collected.failures[client] = _describe_lost_objects(client)
 
         # Second try, for clients that have lost objects.
         for client, reply in collect(self._transport, retry_tasks, collected, limit):
             if isinstance(reply.answer, MissingObjects):
-                collected.failures[client] = _keeps_nothing(client)
+                collected.failures[client] = _describe_lost_objects(client)
             else:
                 self._take(client, reply, model, tasks.needed, accept, collected, reports)
-        return collected, reports.recorded_in(state, server_round)
+        return collected, reports.apply_to(state, server_round)
 
     def _fresh_adapter(self, model: GlobalModel) -> FreshAdapter | None:
-        """Return how clients draw the adapter themselves; they report it if the bits differ."""
-        if not self._draws_adapter or not model.server_round:
+        """Return how clients sample the adapter themselves; they report it if the bits differ."""
+        if not self._samples_adapter or not model.server_round:
             return None
         return FreshAdapter(
             seed=self._config.run.seed,
@@ -142,7 +147,7 @@ class Exchange:
             return
         reports.cached_objects[client] = tuple(sorted(needed.intersection(reply.holds)))
         reports.splits[client] = reply.split
-        with containing(client, collected.failures):
+        with contain_errors(client, collected.failures):
             accept(reply)
         if client in collected.failures:
             return
@@ -160,19 +165,20 @@ class _ClientReports:
     cached_objects: dict[str, tuple[str, ...]] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
 
-    def recorded_in(self, state: ServerState, server_round: int) -> ServerState:
+    def apply_to(self, state: ServerState, server_round: int) -> ServerState:
         """Return the state with these reports; warn of clients that now split data differently."""
         for client in sorted(self.cached_objects):
             split = self.splits[client]
             if state.splits.get(client, split) != split:
                 LOG.warning(
-                    "round %d: %s divides its examples otherwise than before (another seed, or "
+                    "round %d: %s splits its examples differently than before (another seed, or "
                     "other data): it trains on examples that it held out, and its scores are too "
-                    "good from here on. Start it again with what it had",
+                    "good from here on. Restart it with the original seed and data",
                     server_round,
                     client,
                 )
-            state = state.holding(client, self.cached_objects[client]).dividing(client, split)
+            state = state.with_cached_objects(client, self.cached_objects[client])
+            state = state.with_split(client, split)
         return state
 
 
@@ -195,7 +201,7 @@ class _Tasks:
         self._objects: dict[str, bytes] = model.objects()
         self.needed = frozenset().union(*(request.needed for request in requests.values()))
 
-    def planned(self, directory: RunDirectory) -> dict[str, Task]:
+    def plan(self, directory: RunDirectory) -> dict[str, Task]:
         """Return each client's task with what it has not cached, going by its last report."""
         clients = sorted(self._requests)
         deliveries = plan_deliveries(self._model, self._state, clients, directory)
@@ -228,7 +234,7 @@ def sent_manifest(model: GlobalModel) -> Manifest:
     return as_manifest({**model.manifest(), "carried": None}, "the model")
 
 
-def _keeps_nothing(client: str) -> str:
+def _describe_lost_objects(client: str) -> str:
     return (
         f"client {client} says that it does not have what it was just sent; is its disk full or "
         "broken?"
@@ -239,7 +245,7 @@ def _keeps_nothing(client: str) -> str:
 
 
 @contextmanager
-def containing(client: str, failures: dict[str, str]) -> Iterator[None]:
+def contain_errors(client: str, failures: dict[str, str]) -> Iterator[None]:
     """Contain an exception raised while handling one client's answer: only that client drops out.
 
     A full disk, or any other problem with this machine, is not the client's fault.
@@ -338,7 +344,7 @@ def collect(
             num_bytes = collected.uplink_bytes.get(client, 0) + len(answer)
             collected.uplink_bytes[client] = num_bytes
             reply = None
-            with containing(client, collected.failures):
+            with contain_errors(client, collected.failures):
                 reply = decode_reply(answer, tasks[client], max_bytes)
             if reply is not None:
                 yield client, reply

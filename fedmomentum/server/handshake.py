@@ -24,7 +24,7 @@ from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.lora.adapter import PREFIX, Adapter, split_tensors
 from fedmomentum.lora.peft_config import check_config
 from fedmomentum.protocol.messages import DescribeRequest, Description, Reply, Task
-from fedmomentum.server.exchange import collect, containing
+from fedmomentum.server.exchange import collect, contain_errors
 from fedmomentum.server.replies import Replies
 from fedmomentum.server.reply_checks import check_magnitude
 from fedmomentum.utils.io import canonical_json
@@ -73,7 +73,7 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
         failures |= reasons
         if candidate not in more:
             continue
-        with containing(candidate, failures):
+        with contain_errors(candidate, failures):
             # The first client of the majority with a usable adapter starts the run.
             start = _first_adapter(more[candidate], agreed, config, is_zero=not method.reads_base)
             base = BaseIdentity(
@@ -84,7 +84,7 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
                 agreed.labels,
                 agreed.quantization,
             )
-            _tell_differences(facts, agreed)
+            _warn_of_differences(facts, agreed)
             scaled = {m: matrix.scaled(-start.scalings[m]) for m, matrix in start.modules.items()}
             given_up = (StoredObject.of(scaled),) if method.reads_base else ()
             model = GlobalModel(
@@ -146,7 +146,7 @@ def _ask(
     collected = Replies()
     replies = {}
     for client, reply in collect(transport, tasks, collected, limit):
-        with containing(client, collected.failures):
+        with contain_errors(client, collected.failures):
             _check_labels(reply, config.model.labels)
             _check_quantization(reply, config.model.quantization)
             _check_description(reply, config.lora)
@@ -319,7 +319,7 @@ def _check_settings(settings: Mapping[str, Any], lora: LoraConfig, name: str) ->
             )
 
 
-def _tell_differences(facts: Mapping[str, Description], agreed: Description) -> None:
+def _warn_of_differences(facts: Mapping[str, Description], agreed: Description) -> None:
     """Warn of clients with a different base, or with library versions that may change last bits."""
     versions = Counter(canonical_json(fact.versions) for fact in facts.values())
     for client, fact in sorted(facts.items()):

@@ -85,7 +85,7 @@ class SummedRound:
             return None
         return self.means.name
 
-    def recorded_in(self, state: ServerState) -> ServerState:
+    def apply_to(self, state: ServerState) -> ServerState:
         """Return the state with the outcomes, which take effect once the round is committed."""
         state = replace(
             state,
@@ -94,7 +94,8 @@ class SummedRound:
         )
         for client in sorted(self.holders):
             assert self.means is not None
-            state = state.holding(client, (*state.held.get(client, ()), self.means.name))
+            cached_objects = (*state.held.get(client, ()), self.means.name)
+            state = state.with_cached_objects(client, cached_objects)
         return state
 
 

@@ -173,7 +173,7 @@ class SecureRounds:
             moments={},
             summed=summed,
         )
-        return trained, summed.recorded_in(state)
+        return trained, summed.apply_to(state)
 
     def clear(self) -> None:
         """Delete what was kept of a round, once it is committed."""

@@ -97,7 +97,7 @@ class Server:
         self._callbacks = CallbackList(callbacks)
         self._steps = steps
         self._secure = steps.secure
-        self._exchange = Exchange(transport, config, directory, draws_adapter=method.fresh)
+        self._exchange = Exchange(transport, config, directory, samples_adapter=method.fresh)
         self._optimizer = SharedOptimizer.of(config, method, directory)
 
     def run(self) -> GlobalModel:
@@ -143,7 +143,7 @@ class Server:
             self._consolidate_if_due(eval_clients)
         # Measure the round while its updates are still on disk.
         diagnostics = self._diagnose(model, trained, combined.weights)
-        self.state = self.state.stepped(model, self.model)
+        self.state = self.state.after_round(model, self.model)
         self._directory.updates.clear()
         expected = None
         if eval_clients:
@@ -160,7 +160,7 @@ class Server:
         LOG.warning("round %d changes nothing: %s", self.model.server_round + 1, error)
         before = self.model
         self.model = before.unchanged()
-        self.state = self.state.stepped(before, self.model)
+        self.state = self.state.after_round(before, self.model)
         return self._commit(unchanged_record(self.model, clients, error))
 
     def evaluate_base_model(self) -> RoundRecord:

@@ -50,16 +50,16 @@ class ServerState:
     outcomes: Mapping[str, RoundOutcome] = field(default_factory=dict)
     summed_examples: int = 0
 
-    def dividing(self, client_id: str, split: str) -> ServerState:
-        """Return the state after a client reported how its examples are divided."""
+    def with_split(self, client_id: str, split: str) -> ServerState:
+        """Return the state after a client reported the hash of its train/test split."""
         return replace(self, splits={**self.splits, client_id: split})
 
-    def holding(self, client_id: str, names: tuple[str, ...]) -> ServerState:
+    def with_cached_objects(self, client_id: str, names: tuple[str, ...]) -> ServerState:
         """Return the state after a client reported which objects it has cached."""
         return replace(self, held={**self.held, client_id: tuple(sorted(names))})
 
-    def stepped(self, before: GlobalModel, after: GlobalModel) -> ServerState:
-        """Return the state after a round that led from one model to the other."""
+    def after_round(self, before: GlobalModel, after: GlobalModel) -> ServerState:
+        """Return the state after a round that turned the model `before` into the model `after`."""
         started_from = tuple(blob.name for blob in before.adapter_objects.values())
         return replace(
             self, started_from=started_from, merged=tuple(blob.name for blob in after.newest)

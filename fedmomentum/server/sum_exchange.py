@@ -12,7 +12,7 @@ from fedmomentum.protocol.messages import Task
 from fedmomentum.protocol.secure_messages import SUM_MESSAGE, SumRequest, message_of
 from fedmomentum.secure_sum.messages import STEPS, SumPlan
 from fedmomentum.secure_sum.server import MAX_REPLY_BYTES, SumServer
-from fedmomentum.server.exchange import PAYLOAD_MARGIN, collect, containing
+from fedmomentum.server.exchange import PAYLOAD_MARGIN, collect, contain_errors
 from fedmomentum.server.replies import Replies
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class SumExchange:
             waiting = {client: messages[client] for client in messages if client not in replied}
             tasks = self._tasks(plan, step, waiting, means)
             for client, reply in collect(self.transport, tasks, self.collected, limit):
-                with containing(client, self.collected.failures):
+                with contain_errors(client, self.collected.failures):
                     message = message_of(dict(reply.tensors), f"client {client}")
                     server.receive(client, message)
                     if kept is not None:

@@ -471,7 +471,7 @@ def test_no_client_downloads_more_than_a_snapshot_in_two_hundred_and_twenty_roun
                 way, lambda n, sent=sent: sent.get(n) or folder.read(n), model, {"m": shape}
             )
             assert way.size <= ALLOWANCE * size, (server_round, name)
-            state = state.holding(name, parties[name].names())
+            state = state.with_cached_objects(name, parties[name].names())
             chains += len(way.recipes) > 1
         always = ways["always"].objects
         snapshots += any("m.dense" in read_safetensors(sent[n], "")[0] for n in always if n in sent)
@@ -488,7 +488,7 @@ def test_no_client_downloads_more_than_a_snapshot_in_two_hundred_and_twenty_roun
             sum(part.num_parameters for part in model.base_update)
             <= (1 if is_dense else 2) * shape[0] * shape[1]
         )
-        state = state.stepped(model, model)
+        state = state.after_round(model, model)
         folder.commit(model, state, RoundRecord(round=server_round))
         kept = sum(folder.size(file.stem) for file in (tmp_path / "run" / "objects").iterdir())
         assert kept < 5 * size  # the list, the chain, the last round's part

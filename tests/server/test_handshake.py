@@ -310,17 +310,17 @@ def test_a_client_with_another_split_gives_a_warning(folder, tmp_path, caplog):
             tmp_path / "over",
             callbacks=[Events(stop)],
         )
-    assert "divides its examples otherwise" not in caplog.text
+    assert "splits its examples differently" not in caplog.text
     other = replace(config, run=replace(config.run, seed=config.run.seed + 1))
     clients |= make_clients(other, tmp_path, ["site1"])
     run_federation(InProcessTransport(handlers(clients)), config, tmp_path / "over", resume=True)
     warnings = [
         record.message
         for record in caplog.records
-        if "divides its examples otherwise" in record.message
+        if "splits its examples differently" in record.message
     ]
     assert len(warnings) == 1 and warnings[0].startswith(
-        "round 2: site1 divides its examples otherwise than before"
+        "round 2: site1 splits its examples differently than before"
     )
 
 
