@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fedmomentum.aggregation.client_adapters import client_start, initialize_adapter
+from fedmomentum.base_model.base_weights import choose_weight_format, make_base_weights
 from fedmomentum.base_model.classifier import head_modules
-from fedmomentum.base_model.holding import choose_holding, hold_weights
 from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.client.loaded_base import LoadedBase
@@ -105,8 +105,10 @@ class LocalModel:
 
         live = self.peft.get_base_model()
         owners = find_owners(live, self.fresh.modules)
-        self.holding = choose_holding(model.adapted_weights, live)
-        self.base_weights = hold_weights(owners, self.directory, holding=self.holding, model=live)
+        self.weight_format = choose_weight_format(model.adapted_weights, live)
+        self.base_weights = make_base_weights(
+            owners, self.directory, weight_format=self.weight_format, model=live
+        )
         # For a client of lower rank: the part of the adapter that it does not train.
         self._fixed_residual: dict[str, LowRank] = {}
         self._weight_probes = WeightProbes(self.base_weights)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedmomentum.base_model.holding import choose_holding, hold_weights
+from fedmomentum.base_model.base_weights import choose_weight_format, make_base_weights
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.errors import AdapterError, ModelError, PayloadError
@@ -92,10 +92,10 @@ def apply_base_residual(
     base_model: Any = model.get_base_model()
     held: BaseWeights | None = getattr(base_model, HELD, None)
     if held is None and matrices:
-        held = hold_weights(
+        held = make_base_weights(
             find_owners(base_model, layers),
             _directory(base_model, base),
-            holding=choose_holding(adapted_weights, base_model),
+            weight_format=choose_weight_format(adapted_weights, base_model),
             model=base_model,
         )
         setattr(base_model, HELD, held)

@@ -77,7 +77,7 @@ class Plan:
         objective: The training objective, with the terms of [training].
         labels: A classifier's labels, in the order of the head, to the number of training examples;
             None if only the clients know it.
-        device: The model's device, dtype and holding; empty if only the clients have the model.
+        device: The model's device, dtype and weight format; empty if only clients have the model.
         host_memory: The host's memory in each phase; None if only the server's is known.
         device_memory: The GPU's memory, for a single worker if there are several; None without GPU.
         workers: The processes of `run.devices`.

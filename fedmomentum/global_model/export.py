@@ -170,19 +170,21 @@ def _compute_as_trained(
     Returns:
         The tokens and logits, and the base model in its original state.
     """
-    from fedmomentum.base_model.holding import choose_holding, hold_for_use
-    from fedmomentum.base_model.holding_choice import AS_LOADED
+    from fedmomentum.base_model.base_weights import choose_weight_format, make_merged_weights
+    from fedmomentum.base_model.weight_format import AS_LOADED
     from fedmomentum.base_model.weight_slots import find_owners
     from fedmomentum.global_model.readback import logits_of, probe_tokens
     from fedmomentum.lora.peft_model import detach_adapter, wrap_with_adapter
 
     trained = wrap_with_adapter(base, model.adapter)
     live = trained.get_base_model()
-    holding = choose_holding("auto", live)
+    weight_format = choose_weight_format("auto", live)
     owners = find_owners(live, model.adapter.modules)
-    base_weights = hold_for_use(owners, base_directory, holding=holding, model=live, tied=tied)
+    base_weights = make_merged_weights(
+        owners, base_directory, weight_format=weight_format, model=live, tied=tied
+    )
     # Beside weights held as loaded, merged parts are exact as factors, but not in 8 bits.
-    factors = _merged_factors(model) if holding == AS_LOADED else None
+    factors = _merged_factors(model) if weight_format == AS_LOADED else None
     if factors is None:
         base_weights.apply(model.base_update)
     else:
@@ -190,7 +192,7 @@ def _compute_as_trained(
     tokens = probe_tokens(base)
     logits = logits_of(trained, tokens)
     base_weights.apply([])
-    is_rounded = holding == AS_LOADED and factors is None
+    is_rounded = weight_format == AS_LOADED and factors is None
     return _Reference(tokens, logits, is_rounded), detach_adapter(trained)
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from fedmomentum.base_model.holding import hold_for_use
-from fedmomentum.base_model.holding_choice import FLOAT32
+from fedmomentum.base_model.base_weights import make_merged_weights
 from fedmomentum.base_model.loading import tied_names
 from fedmomentum.base_model.streamed import StreamedTensor
+from fedmomentum.base_model.weight_format import FLOAT32
 from fedmomentum.base_model.weight_slots import find_owners
 from fedmomentum.errors import AdapterError, ModelError
 from fedmomentum.global_model.objects import StoredObject
@@ -77,7 +77,7 @@ class TunedModel:
         directory: The base model's directory.
         model: The global model.
         tied: The base's `tied_names` at loading, if its modules have been untied since.
-        holding: How its adapted modules are held; see `hold_weights`.
+        weight_format: The format of its adapted weights; see `make_base_weights`.
 
     Raises:
         ModelError: If the base lacks an adapted module, or its weight is not that in the directory.
@@ -92,7 +92,7 @@ class TunedModel:
         model: GlobalModel,
         tied: Mapping[str, Collection[str]] | None = None,
         *,
-        holding: str = FLOAT32,
+        weight_format: str = FLOAT32,
     ) -> None:
         self.base = base
         adapter = model.adapter
@@ -106,7 +106,9 @@ class TunedModel:
         self._owners = outermost_owners(adapter.saved)
         self._neighbor_slots = self._make_neighbor_slots(adapter.saved)
         tied = tied_names(base) if tied is None else tied
-        self.base_weights = hold_for_use(layers, directory, holding=holding, model=base, tied=tied)
+        self.base_weights = make_merged_weights(
+            layers, directory, weight_format=weight_format, model=base, tied=tied
+        )
         # The adapter is added like any other part, and last.
         self._base_update = model.base_update
         self._live = StoredObject.of({m: adapter.effective(m) for m in adapter.modules})

@@ -61,7 +61,7 @@ def environment(local: LocalModel) -> dict[str, Any]:
         "device": str(local.peft.device),
         "tf32": rounds_to_tf32(local.peft.device),
         "dtype": str(local.dtype).removeprefix("torch."),
-        "adapted_weights": local.holding,
+        "adapted_weights": local.weight_format,
         "attention": getattr(local.peft.get_base_model().config, "_attn_implementation", None),
         "base_sha256": local.identity.sha256,
         "tokenizer_sha256": local.identity.tokenizer_sha256,

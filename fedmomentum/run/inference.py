@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedmomentum.base_model.base_weights import choose_weight_format
 from fedmomentum.base_model.devices import pick_dtype, set_up_device
-from fedmomentum.base_model.holding import choose_holding
 from fedmomentum.base_model.identity import identify
 from fedmomentum.base_model.library_errors import translate_out_of_memory
 from fedmomentum.base_model.load_checks import check_token_ids, max_positions, vocabulary_size
@@ -92,8 +92,8 @@ class ModelPair:
         setting = result.config.model.adapted_weights if result.config is not None else "auto"
         with translate_out_of_memory(f"{model.base.name} with what was trained does not fit"):
             self.model = load_base_of(model, directory, pick_dtype(dtype, chosen), chosen)
-            holding = choose_holding(setting, self.model)
-            self._tuned = TunedModel(self.model, directory, model, holding=holding)
+            weight_format = choose_weight_format(setting, self.model)
+            self._tuned = TunedModel(self.model, directory, model, weight_format=weight_format)
         date = result.config.model.chat_date if result.config is not None else DEFAULT_DATE
         self._set_tokenizers(result, directory, date)
         self.tokenizer = self._tokenizers[0]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fedmomentum.base_model.holding_choice import FLOAT32, resolve_holding
 from fedmomentum.base_model.quantization import NONE
+from fedmomentum.base_model.weight_format import FLOAT32, resolve_weight_format
 from fedmomentum.formats.plan import MemoryUse
 from fedmomentum.lora.module_names import weight_path
 from fedmomentum.training.arguments import DEFAULT_OPTIMIZER
@@ -96,14 +96,14 @@ class Placement:
         on_gpu: Whether it is on a device with its own memory.
         dtype: The dtype of its weights; the compute dtype of quantized ones.
         stored_dtype: The dtype on disk.
-        holding: How the adapted modules are held: `float32` or `as-loaded`.
+        weight_format: The format of the adapted weights: `float32` or `as-loaded`.
         quantization: `none`, or how linear layers are quantized.
     """
 
     on_gpu: bool
     dtype: torch.dtype
     stored_dtype: torch.dtype
-    holding: str
+    weight_format: str
     quantization: str
 
     @property
@@ -116,7 +116,7 @@ class Placement:
         parts = [device, str(self.dtype).removeprefix("torch.")]
         if self.quantization != NONE:
             parts.append(self.quantization)
-        return ", ".join([*parts, f"adapted modules {self.holding}"])
+        return ", ".join([*parts, f"adapted modules {self.weight_format}"])
 
 
 def choose_placement(config: Config, outline: ModelOutline) -> Placement:
@@ -127,13 +127,13 @@ def choose_placement(config: Config, outline: ModelOutline) -> Placement:
     """
     quantization = outline.quantization or config.model.quantization
     on_gpu = outline.device.type != "cpu"
-    holding = resolve_holding(
+    weight_format = resolve_weight_format(
         config.model.adapted_weights,
         on_gpu=on_gpu,
         dtype=outline.dtype,
         is_quantized=quantization != NONE,
     )
-    return Placement(on_gpu, outline.dtype, outline.stored_dtype, holding, quantization)
+    return Placement(on_gpu, outline.dtype, outline.stored_dtype, weight_format, quantization)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def weight_bytes(sizes: BaseSizes, place: Placement) -> int:
     """Return the bytes of the base model's weights as they are held."""
     itemsize = place.dtype.itemsize
     quantized = place.quantized_bytes
-    adapted: float = 4 if place.holding == FLOAT32 else itemsize
+    adapted: float = 4 if place.weight_format == FLOAT32 else itemsize
     linear: float = itemsize
     if quantized is not None:
         adapted = linear = quantized
@@ -165,7 +165,7 @@ def weight_bytes(sizes: BaseSizes, place: Placement) -> int:
 
 def branch_bytes(sizes: BaseSizes, place: Placement, update: int) -> int:
     """Return the most bytes of merged parts that are kept beside weights held as loaded."""
-    if place.holding == FLOAT32:
+    if place.weight_format == FLOAT32:
         return 0
     # Kept as factors in the model's dtype, as long as they are smaller than int8.
     return min(update // 4 * place.dtype.itemsize, sizes.adapted)
@@ -251,7 +251,9 @@ def estimate(
         )
         return _with_server(clients, rest, server, num_workers), model
     # Until everything is loaded, converted weights and their float32 copies coexist.
-    copies = sizes.adapted * place.dtype.itemsize if place.holding == FLOAT32 and converted else 0
+    copies = (
+        sizes.adapted * place.dtype.itemsize if place.weight_format == FLOAT32 and converted else 0
+    )
     clients = MemoryUse(
         at_rest=rest + model.at_rest,
         loading=rest + model.at_rest + max(copies, one_layer),
@@ -303,7 +305,7 @@ def simulate_steps(
         length=length,
         positions=min(length, positions + 1),
         dtype=place.dtype,
-        in_float32=place.holding == FLOAT32,
+        in_float32=place.weight_format == FLOAT32,
         rank=config.lora.rank,
         dropout=config.lora.dropout,
         checkpointing=bool(config.training.arguments.get("gradient_checkpointing")),

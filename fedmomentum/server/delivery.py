@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def plan_deliveries(
     model: GlobalModel, state: ServerState, clients: Sequence[str], directory: RunDirectory
 ) -> dict[str, Delivery]:
-    """Return what each client needs for the model's base, given what it last reported holding."""
+    """Return what each client needs for the model's base, given what it last reported having."""
     names = [stored.name for stored in model.base_update]
     size_of = _size_of(model, directory)
     plans = {}

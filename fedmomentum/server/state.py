@@ -17,7 +17,7 @@ class ServerState:
 
     Attributes:
         run_id: Names the run on the wire.
-        held: Client to the hashes of the objects that it has reported holding.
+        held: Client to the hashes of the objects that it has reported having.
         best_round: The evaluated round with the lowest loss on the examples that all evaluations
             share; -1 if none.
         best_loss: Its loss.

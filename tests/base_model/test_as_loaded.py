@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmomentum.base_model import side_branch
 from fedmomentum.base_model.as_loaded import AsLoadedWeights
-from fedmomentum.base_model.holding_choice import resolve_holding
+from fedmomentum.base_model.weight_format import resolve_weight_format
 from fedmomentum.base_model.weights import BaseWeights, Float32Weights
 from fedmomentum.errors import ModelError
 from fedmomentum.linalg.low_rank import LowRank
@@ -37,7 +37,7 @@ def layer_of(kind: str, dtype: torch.dtype) -> nn.Module:
     return nn.Linear(IN, OUT, bias=kind == "bias", dtype=dtype)
 
 
-def held(folder, kind="bias", dtype=torch.bfloat16, holding=AsLoadedWeights, seed=0):
+def held(folder, kind="bias", dtype=torch.bfloat16, kind_of_weights=AsLoadedWeights, seed=0):
     """One layer with its checkpoint, held; the layer and its matrix's name."""
     torch.manual_seed(seed)
     layer = layer_of(kind, dtype).requires_grad_(False)
@@ -48,7 +48,7 @@ def held(folder, kind="bias", dtype=torch.bfloat16, holding=AsLoadedWeights, see
         safetensors_bytes({"layer.weight": layer.weight.detach()})
     )
     name = "layer[embedding]" if kind == "embedding" else "layer"
-    return holding({name: layer}, folder), layer, name
+    return kind_of_weights({name: layer}, folder), layer, name
 
 
 def residuals(weights: BaseWeights, name: str, count: int, rank: int = 6, dense=()) -> list[Part]:
@@ -115,11 +115,11 @@ def state(weights: AsLoadedWeights, name: str) -> list[torch.Tensor]:
     return tensors + ([branch.factors.B, branch.factors.A] if branch.factors else [])
 
 
-@pytest.mark.parametrize("holding", [AsLoadedWeights, Float32Weights])
-def test_part_by_part_gives_the_bits_of_all_at_once(tmp_path, holding):
+@pytest.mark.parametrize("kind_of_weights", [AsLoadedWeights, Float32Weights])
+def test_part_by_part_gives_the_bits_of_all_at_once(tmp_path, kind_of_weights):
     """Also with a client's own parts in between, and after an error."""
-    stepwise, layer, name = held(tmp_path, holding=holding)
-    at_once, other_layer, _ = held(tmp_path, holding=holding)
+    stepwise, layer, name = held(tmp_path, kind_of_weights=kind_of_weights)
+    at_once, other_layer, _ = held(tmp_path, kind_of_weights=kind_of_weights)
     parts = residuals(at_once, name, 12, dense=(5,))
     own = residuals(at_once, name, 20)[-1]
     x = torch.randn(7, IN, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -128,7 +128,7 @@ def test_part_by_part_gives_the_bits_of_all_at_once(tmp_path, holding):
         at_once.reset()
         at_once.apply(parts[:count], own if count % 3 else None)
         assert torch.equal(layer(x), other_layer(x))
-        if holding is AsLoadedWeights:
+        if kind_of_weights is AsLoadedWeights:
             assert all(map(torch.equal, state(stepwise, name), state(at_once, name)))
     stepwise.apply([])
     at_once.reset()
@@ -324,7 +324,7 @@ def test_auto_holds_narrow_weights_of_a_gpu_and_quantized_ones_as_loaded(
     on_gpu, dtype, is_quantized, wanted
 ):
     facts = {"on_gpu": on_gpu, "dtype": dtype, "is_quantized": is_quantized}
-    assert resolve_holding("auto", **facts) == wanted
-    assert resolve_holding("as-loaded", **facts) == "as-loaded"
+    assert resolve_weight_format("auto", **facts) == wanted
+    assert resolve_weight_format("as-loaded", **facts) == "as-loaded"
     if not is_quantized:
-        assert resolve_holding("float32", **facts) == "float32"
+        assert resolve_weight_format("float32", **facts) == "float32"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fedmomentum.base_model.as_loaded import AsLoadedWeights
-from fedmomentum.base_model.holding import choose_holding, hold_weights
+from fedmomentum.base_model.base_weights import choose_weight_format, make_base_weights
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.base_model.loading import load_base
 from fedmomentum.base_model.quantization import ON_LOADING
@@ -234,7 +234,9 @@ def test_fifty_small_residuals_arrive_in_the_forward(folder, kind, dtype):
     """Each is 3e-4 of the weight, a fraction of the step between two codes."""
     model = load(folder, kind, dtype)
     layers = find_owners(model, ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"])
-    weights = hold_weights(layers, folder, holding=choose_holding("auto", model), model=model)
+    weights = make_base_weights(
+        layers, folder, weight_format=choose_weight_format("auto", model), model=model
+    )
     assert isinstance(weights, AsLoadedWeights)
     generator = torch.Generator().manual_seed(7)
     parts = []

@@ -183,16 +183,18 @@ def test_settings_change_the_memory_of_training(base, tmp_path, change, is_more)
     assert (after.host_memory.training > before.host_memory.training) is is_more
 
 
-def test_holding_and_quantization_decide_the_memory_of_weights():
+def test_weight_format_and_quantization_decide_the_memory_of_weights():
     """By element: float32 4 bytes, 16 bits 2, int8 1, nf4 a little more than half a byte."""
     sizes = memory.BaseSizes(adapted=64_000, linear=1000, other=10, trained=0, largest=100)
     place = memory.Placement(True, torch.bfloat16, torch.bfloat16, "as-loaded", "none")
     assert memory.weight_bytes(sizes, place) == 2 * 65_010
-    assert memory.weight_bytes(sizes, replace(place, holding="float32")) == 4 * 64_000 + 2 * 1010
+    assert (
+        memory.weight_bytes(sizes, replace(place, weight_format="float32")) == 4 * 64_000 + 2 * 1010
+    )
     assert memory.weight_bytes(sizes, replace(place, quantization="int8")) == 65_000 + 20
     nf4 = memory.weight_bytes(sizes, replace(place, quantization="nf4"))
     assert nf4 == pytest.approx(65_000 * 4.127 / 8 + 20, rel=1e-3)
     # Beside them: factors while they are small, then a byte an element.
     assert memory.branch_bytes(sizes, place, 4000) == 2000
     assert memory.branch_bytes(sizes, place, 10**9) == 64_000
-    assert memory.branch_bytes(sizes, replace(place, holding="float32"), 10**9) == 0
+    assert memory.branch_bytes(sizes, replace(place, weight_format="float32"), 10**9) == 0

@@ -206,19 +206,19 @@ def test_the_rounding_of_products_shows_in_the_applied_share(folder, tmp_path, m
     assert shares["float32"] < 0.9 and shares["as-loaded"] == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("holding", ["float32", "as-loaded"])
-def test_no_weight_of_an_unshared_base_is_in_memory_twice(folder, holding):
-    config = config_of(folder, model={"dtype": "bfloat16", "adapted-weights": holding})
+@pytest.mark.parametrize("weight_format", ["float32", "as-loaded"])
+def test_no_weight_of_an_unshared_base_is_in_memory_twice(folder, weight_format):
+    config = config_of(folder, model={"dtype": "bfloat16", "adapted-weights": weight_format})
     for takes in (True, False):
         loaded = LoadedBase.from_config(config.model)
         weight = weakref.ref(loaded.model.get_submodule(Q_PROJ).weight)
         local = LocalModel(config.model, config.lora, seed=0, loaded=loaded, takes_loaded=takes)
         gc.collect()
         # In float32 it has been replaced; where others share the base, they still have it.
-        assert (weight() is None) == (takes and holding == "float32")
+        assert (weight() is None) == (takes and weight_format == "float32")
         own = local.base_weights.layers[Q_PROJ].weight
-        assert own.dtype == (torch.float32 if holding == "float32" else torch.bfloat16)
-        assert (own is weight()) == (holding == "as-loaded")
+        assert own.dtype == (torch.float32 if weight_format == "float32" else torch.bfloat16)
+        assert (own is weight()) == (weight_format == "as-loaded")
 
 
 def test_what_is_not_measured_is_empty(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Interpretation of the setting `model.adapted-weights`, before or after loading a model."""
+"""The format of adapted weights in memory, `float32` or `as-loaded`: `model.adapted-weights`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ AS_LOADED = "as-loaded"
 FLOAT32 = "float32"
 
 
-def resolve_holding(setting: str, *, on_gpu: bool, dtype: torch.dtype, is_quantized: bool) -> str:
+def resolve_weight_format(
+    setting: str, *, on_gpu: bool, dtype: torch.dtype, is_quantized: bool
+) -> str:
     """Return `float32` or `as-loaded` for the setting.
 
     `auto` means as-loaded for quantized weights, and for 16-bit weights on a GPU, which is short of
@@ -27,8 +29,8 @@ def resolve_holding(setting: str, *, on_gpu: bool, dtype: torch.dtype, is_quanti
     """
     if is_quantized and setting == FLOAT32:
         raise ModelError(
-            'model.adapted-weights = "float32" holds no quantized weights; use as-loaded or auto, '
-            "which keep them as they are and what is merged beside them"
+            'model.adapted-weights = "float32" does not work with quantized weights; use '
+            "as-loaded or auto, which keep the weights quantized and merged updates beside them"
         )
     if setting != "auto":
         return setting

@@ -1,4 +1,4 @@
-"""The choice of how adapted modules are held: in float32, or as loaded."""
+"""Creates the `BaseWeights` of a loaded model, in float32 or as loaded."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 
 from fedmomentum.base_model.as_loaded import AsLoadedWeights
-from fedmomentum.base_model.holding_choice import AS_LOADED, resolve_holding
 from fedmomentum.base_model.streamed import is_streamed
 from fedmomentum.base_model.streamed_weights import StreamedWeights
+from fedmomentum.base_model.weight_format import AS_LOADED, resolve_weight_format
 from fedmomentum.base_model.weights import BaseWeights, Float32Weights, MergedWeights
 from fedmomentum.utils.quantized import quantized_layers
 
 
-def choose_holding(setting: str, model: Any) -> str:
-    """Return how a loaded model's adapted modules are held; see `resolve_holding`.
+def choose_weight_format(setting: str, model: Any) -> str:
+    """Return the format of a loaded model's adapted weights; see `resolve_weight_format`.
 
     Args:
         setting: `auto`, `float32` or `as-loaded`.
@@ -26,7 +26,7 @@ def choose_holding(setting: str, model: Any) -> str:
     Raises:
         ModelError: If float32 is requested but weights are quantized.
     """
-    return resolve_holding(
+    return resolve_weight_format(
         setting,
         on_gpu=next(model.parameters()).device.type != "cpu",
         dtype=model.dtype,
@@ -34,50 +34,50 @@ def choose_holding(setting: str, model: Any) -> str:
     )
 
 
-def hold_weights(
+def make_base_weights(
     layers: Mapping[str, nn.Module],
     directory: Path,
     *,
-    holding: str,
+    weight_format: str,
     model: nn.Module,
     tied: Mapping[str, Collection[str]] | None = None,
 ) -> BaseWeights:
-    """Return the adapted modules of a model, held as given by `choose_holding`.
+    """Create the base weights of a model in the format given by `choose_weight_format`.
 
     Args:
         layers: See `Float32Weights`, also for the other arguments.
         directory: The model's directory.
-        holding: `float32` or `as-loaded`.
+        weight_format: `float32` or `as-loaded`.
         model: The model.
         tied: The names of tied weights.
 
     Raises:
-        ModelError: If a layer cannot be held.
+        ModelError: If a layer is not supported, or the checkpoint does not match the model.
     """
-    kind = AsLoadedWeights if holding == AS_LOADED else Float32Weights
+    kind = AsLoadedWeights if weight_format == AS_LOADED else Float32Weights
     return kind(layers, directory, tied, model)
 
 
-def hold_for_use(
+def make_merged_weights(
     layers: Mapping[str, nn.Module],
     directory: Path,
     *,
-    holding: str,
+    weight_format: str,
     model: nn.Module,
     tied: Mapping[str, Collection[str]] | None = None,
 ) -> MergedWeights:
-    """Return the adapted modules of a model that is not trained, held as the model is.
+    """Create the merged weights of a model that is not trained, streamed if the model is.
 
     Args:
-        layers: See `hold_weights`, also for the other arguments.
+        layers: See `make_base_weights`, also for the other arguments.
         directory: The model's directory.
-        holding: `float32` or `as-loaded`; ignored if the model is streamed.
+        weight_format: `float32` or `as-loaded`; ignored if the model is streamed.
         model: The model.
         tied: The names of tied weights.
 
     Raises:
-        ModelError: If a layer cannot be held.
+        ModelError: If a layer is not supported, or the checkpoint does not match the model.
     """
     if is_streamed(model):
         return StreamedWeights(layers, directory, tied, model)
-    return hold_weights(layers, directory, holding=holding, model=model, tied=tied)
+    return make_base_weights(layers, directory, weight_format=weight_format, model=model, tied=tied)
