@@ -43,7 +43,7 @@ from fedmomentum.evaluation.teacher_forcing import evaluate
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.protocol.codec import decode_reply, decode_task, encode_reply, encode_task
-from fedmomentum.run.client_examples import tokenize_parties
+from fedmomentum.run.client_examples import tokenize_clients
 from fedmomentum.run.federated_trainer import FederatedTrainer
 from fedmomentum.run.method import make_method
 from fedmomentum.server.checkpoint import RunDirectory
@@ -259,7 +259,7 @@ OVERHEAD = "all that is not training"
 WATCHED: Mapping[str, list[Callable[..., Any]]] = {
     STEPS: [Trainer._run_epoch],
     EVALUATING: [evaluate],
-    TOKENIZING: [tokenize_parties],
+    TOKENIZING: [tokenize_clients],
     "loading the global model": [ClientStore.receive, LocalModel.load_global_model],
     "probes": [LocalModel.probes, LocalModel.applied_fraction, expected_probes],
     "starting and ending the trainer": [train],

@@ -71,9 +71,9 @@ def _units_by_client(job: Config, dp: DPConfig, units: Sequence[int] | None) -> 
         return {f"{count} units": count for count in units}
     # Held-out examples are not trained on and do not count.
     result = {}
-    for party in load_data(job):
-        groups = group_units([example.unit for example in party.train])
-        result[party.client_id] = dp.public_units or round_down(len(groups))
+    for client in load_data(job):
+        groups = group_units([example.unit for example in client.train])
+        result[client.client_id] = dp.public_units or round_down(len(groups))
     return result
 
 

@@ -56,10 +56,10 @@ def run(
     from fedmomentum.cli.progress import RunView
     from fedmomentum.config.toml import load_config
     from fedmomentum.run.federated_trainer import FederatedTrainer
-    from fedmomentum.run.origin import placed
+    from fedmomentum.run.origin import with_given_locations
     from fedmomentum.utils.process import quiet_libraries
 
-    settings = placed(load_config(config, overrides or []), base, data or [])
+    settings = with_given_locations(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / config.stem
     check_resume_round(server_round, resume)
     address = dashboard_address(dashboard, dashboard_at)
@@ -107,9 +107,9 @@ def simulate(
     """Run a federation in Flower's simulation engine (Ray); on one machine, `run` is lighter."""
     from fedmomentum.cli.progress import RunView
     from fedmomentum.config.toml import load_config
-    from fedmomentum.run.origin import placed
+    from fedmomentum.run.origin import with_given_locations
 
-    settings = placed(load_config(config, overrides or []), base, data or [])
+    settings = with_given_locations(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / config.stem
     check_resume_round(server_round, resume)
     check_output_directory(out)
@@ -166,10 +166,10 @@ def compare(
     from fedmomentum.report import write_comparison_page
     from fedmomentum.run import compare as comparing
     from fedmomentum.run.method_variants import parse_methods, parse_seeds
-    from fedmomentum.run.origin import placed
+    from fedmomentum.run.origin import with_given_locations
     from fedmomentum.utils.process import quiet_libraries
 
-    settings = placed(load_config(config, overrides or []), base, data or [])
+    settings = with_given_locations(load_config(config, overrides or []), base, data or [])
     out = out if out is not None else Path("runs") / f"compare-{config.stem}"
     check_output_directory(out)
     # the methods to compare, and the baseline

@@ -55,12 +55,12 @@ class Client(SumWorker):
 
     _splits: dict[str, str] = field(init=False, repr=False, default_factory=dict)
 
-    def handle(self, payload: bytes, *, is_rehearsal: bool = False) -> bytes:
+    def handle(self, payload: bytes, *, is_smoke_test: bool = False) -> bytes:
         """Perform one task: load the global model that it names, train or evaluate it, and reply.
 
         Args:
             payload: The encoded task.
-            is_rehearsal: Whether the reply stays on this machine, so that private training does
+            is_smoke_test: Whether the reply stays on this machine, so that private training does
                 not spend any budget.
 
         Raises:
@@ -82,7 +82,7 @@ class Client(SumWorker):
             return self._reply(task, self.describe(request))
         if isinstance(request, TrainRequest):
             self._check_private_terms(request)
-            repeated = None if is_rehearsal else self._repeated_reply(task, request)
+            repeated = None if is_smoke_test else self._repeated_reply(task, request)
             if repeated is not None:
                 return repeated
         started = time.perf_counter()
@@ -101,7 +101,7 @@ class Client(SumWorker):
         loading_seconds = time.perf_counter() - started
 
         terms = request.private if isinstance(request, TrainRequest) else None
-        if is_rehearsal or terms is None or self.private is None:
+        if is_smoke_test or terms is None or self.private is None:
             return self._work(task, received, client_lora, loading_seconds)
         # Record the spent budget on disk before the first step, and the reply before it is sent.
         assert isinstance(request, TrainRequest)

@@ -21,7 +21,7 @@ from fedmomentum.flower.apps import client_app, server_app
 from fedmomentum.flower.node_roster import NodeRoster
 from fedmomentum.flower.transport import FlowerTransport
 from fedmomentum.run.networked import run_federation
-from fedmomentum.run.origin import fingerprints, follow, refuse_missing
+from fedmomentum.run.origin import fingerprints, refuse_missing, with_moved_paths
 from fedmomentum.run.setup import load_data
 from fedmomentum.server.callbacks import Callback, CallbackList
 from fedmomentum.utils.names import directory_name
@@ -63,7 +63,7 @@ def simulate(
         ) from error
     # read the data here for its names and fingerprints; each Ray process reads it again
     if resume:
-        config = follow(config, out)
+        config = with_moved_paths(config, out)
         refuse_missing(config)
     clients = load_data(config)
     names = [client.client_id for client in clients]

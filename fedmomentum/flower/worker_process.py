@@ -42,7 +42,7 @@ def load(setup: Mapping[str, str], send: Send) -> Answer:
     # Heavy imports, only in the worker.
     from fedmomentum.data.split import compare_split
     from fedmomentum.flower.parties import node_party
-    from fedmomentum.run.client_setup import prepare_client, rehearsal
+    from fedmomentum.run.client_setup import prepare_client, smoke_test_task
     from fedmomentum.utils.process import quiet_libraries
 
     store = Path(setup["store"])
@@ -75,18 +75,18 @@ def load(setup: Mapping[str, str], send: Send) -> Answer:
             return None
         with quiet_libraries():
             if letter == Frame.SMOKE_TEST:
-                return _rehearse(client, rehearsal(config, client))
+                return _run_smoke_test(client, smoke_test_task(config, client))
             return client.handle(body)
 
     return answer
 
 
-def _rehearse(client: Client, task: bytes) -> bytes:
+def _run_smoke_test(client: Client, task: bytes) -> bytes:
     """Do a training step whose reply stays here, so that nothing is summed or spent."""
     party = client.party
     client.party = None
     try:
-        return client.handle(task, is_rehearsal=True)
+        return client.handle(task, is_smoke_test=True)
     finally:
         client.party = party
 

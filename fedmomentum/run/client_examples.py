@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from fedmomentum.data.examples import ClientData, Example
 
 
-def held_out_order(config: Config, party: ClientData) -> list[Example]:
+def held_out_order(config: Config, client: ClientData) -> list[Example]:
     """Return a client's held-out examples in the shuffled order that evaluations use."""
-    test = list(party.test)
-    random.Random(derive_seed(config.run.seed, "test order", party.client_id)).shuffle(test)
+    test = list(client.test)
+    random.Random(derive_seed(config.run.seed, "test order", client.client_id)).shuffle(test)
     return test
 
 
-def tokenize_parties(
+def tokenize_clients(
     config: Config,
-    parties: Sequence[ClientData],
+    clients: Sequence[ClientData],
     base: Any,
     tokenizer: Any,
     labels: Sequence[str],
@@ -37,7 +37,7 @@ def tokenize_parties(
 
     Args:
         config: The configuration.
-        parties: The clients' data.
+        clients: The clients' data.
         base: The base model, with or without allocated weights.
         tokenizer: Its tokenizer.
         labels: A classifier's labels.
@@ -56,14 +56,14 @@ def tokenize_parties(
     objective = make_objective(config.training, labels)
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
     examples_by_client = []
-    for party in parties:
-        held_out = f"{party.client_id} (held out)"
-        parts = {party.client_id: list(party.train), held_out: held_out_order(config, party)}
+    for client in clients:
+        held_out = f"{client.client_id} (held out)"
+        parts = {client.client_id: list(client.train), held_out: held_out_order(config, client)}
         train, test = make_parts(parts, tokenizer, labels, **limits)
         # Check that each part suits the objective, and that the model embeds all of its tokens.
-        for owner, rows in ((party.client_id, train), (held_out, test)):
+        for owner, rows in ((client.client_id, train), (held_out, test)):
             check_pairs(rows, objective, owner)
             check_rows(base, rows, labels, owner)
-        check_num_examples(len(train), hyperparameters, party.client_id)
-        examples_by_client.append(TokenizedClient(party.client_id, train, test))
+        check_num_examples(len(train), hyperparameters, client.client_id)
+        examples_by_client.append(TokenizedClient(client.client_id, train, test))
     return examples_by_client

@@ -15,7 +15,7 @@ from fedmomentum.formats.manifest import as_manifest
 from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import Task
-from fedmomentum.run.client_examples import tokenize_parties
+from fedmomentum.run.client_examples import tokenize_clients
 from fedmomentum.run.local_clients import make_clients
 from fedmomentum.run.method import make_method
 from fedmomentum.run.privacy_checks import check_privacy
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def client_names(config: Config) -> list[str]:
     """Return the names of the clients among which the configuration divides the data, sorted."""
-    return sorted(config.data.client_files) or [party.client_id for party in load_data(config)]
+    return sorted(config.data.client_files) or [client.client_id for client in load_data(config)]
 
 
 def prepare_client(
@@ -89,10 +89,10 @@ def prepare_client(
             f"data.client-files names {', '.join(sorted(files))}; this client is {client_id}"
         )
     callbacks.on_message("Reading the data")
-    parties = {party.client_id: party for party in load_data(config)}
-    if client_id not in parties:
+    data = {client.client_id: client for client in load_data(config)}
+    if client_id not in data:
         raise ConfigError(
-            f"the data is divided among {', '.join(parties)}; this client is {client_id}"
+            f"the data is divided among {', '.join(data)}; this client is {client_id}"
         )
     if local is None:
         callbacks.on_message(f"Loading {config.model.name}")
@@ -100,9 +100,9 @@ def prepare_client(
         seed = derive_seed(config.run.seed, "adapter")
         with translate_out_of_memory(f"{config.model.name} with its adapter does not fit"):
             local = LocalModel(config.model, config.lora, seed=seed, client_lora=client_lora)
-    examples = tokenize_parties(
+    examples = tokenize_clients(
         config,
-        [parties[client_id]],
+        [data[client_id]],
         local.peft.get_base_model(),
         local.tokenizer,
         local.identity.labels,
@@ -112,7 +112,7 @@ def prepare_client(
     return client
 
 
-def rehearsal(config: Config, client: Client) -> bytes:
+def smoke_test_task(config: Config, client: Client) -> bytes:
     """Return a task that trains the base model for one step, like a task of the first round."""
     config = choose_optimizer_state(config, client.method)
     local = client.model
@@ -124,7 +124,7 @@ def rehearsal(config: Config, client: Client) -> bytes:
     one_step = msgspec.structs.replace(request, local_steps=1, local_epochs=None)
     terms = request.private
     if terms is not None and terms.epsilon is None and terms.noise_multiplier is None:
-        # The server will choose the noise; nothing leaves a rehearsal, so any value will do.
+        # The server will choose the noise; nothing leaves this machine, so any value will do.
         terms = msgspec.structs.replace(terms, noise_multiplier=1.0)
         one_step = msgspec.structs.replace(one_step, private=terms)
-    return encode_task(Task("rehearsal", client.client_id, 1, one_step, model.objects()))
+    return encode_task(Task("smoke-test", client.client_id, 1, one_step, model.objects()))

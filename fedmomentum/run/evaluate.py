@@ -29,7 +29,7 @@ from fedmomentum.run.inference import (
     _generated,
     refuse_generation,
 )
-from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing_data
+from fedmomentum.run.origin import check_data, fingerprints, refuse_missing_data, with_moved_paths
 from fedmomentum.run.saved_model import Result, open_result
 from fedmomentum.run.setup import load_data
 from fedmomentum.run.task import check_rows, make_rows
@@ -204,24 +204,24 @@ def _held_out(result: Result, limit: int | None) -> list[_Part]:
     if result.config is None:
         raise ConfigError(f"give the examples to evaluate {result.path} on: --data FILE")
     try:
-        config = follow(result.config, result.path)
+        config = with_moved_paths(result.config, result.path)
         refuse_missing_data(config)
-        parties = load_data(config)
+        clients = load_data(config)
     except (ConfigError, DataError) as error:
         raise DataError(
             f"the run's own held-out examples are not here: {error}. Or give others by --data"
         ) from error
     # Scores on other data would be wrongly compared with the run's metrics.
-    check_data(result.path, fingerprints(parties))
-    _refuse_reference(result.path, {party.client_id for party in parties})
+    check_data(result.path, fingerprints(clients))
+    _refuse_reference(result.path, {client.client_id for client in clients})
     evaluation = config.evaluation
     # As many as in the last evaluation, unless the user limits them.
     most = max(evaluation.num_examples, evaluation.final_num_examples) if limit is None else limit
     parts = []
-    for party in parties:
-        if party.test and result.client in ("", party.client_id):
-            held_out = held_out_order(config, party)
-            parts.append(_Part(f"{party.client_id} (held out)", held_out, most, party.client_id))
+    for client in clients:
+        if client.test and result.client in ("", client.client_id):
+            held_out = held_out_order(config, client)
+            parts.append(_Part(f"{client.client_id} (held out)", held_out, most, client.client_id))
     if not parts:
         raise DataError(f"the clients of {result.title} hold out no examples; give some by --data")
     return parts

@@ -161,33 +161,33 @@ class FederatedTrainer:
         plan = make_plan(config, outline.model, outline.examples, outline.method)
         if on_plan is not None:
             on_plan(plan, outline.examples)
-        # The clients: here, or in processes of their own.
-        crew: LocalClients | DeviceTransport
+        # The clients run in this process, or in one worker process per device.
+        backend: LocalClients | DeviceTransport
         if config.run.devices:
-            crew = self._make_workers(outline)
-            facts = crew.start()
+            backend = self._make_workers(outline)
+            facts = backend.start()
         else:
-            crew = self._load_clients(outline)
-            facts = environment(crew.local)
+            backend = self._load_clients(outline)
+            facts = environment(backend.local)
         directory = None
         try:
             directory = RunDirectory(self.directory, keep=config.run.keep_checkpoints)
-            model, state = self._start(directory, outline, crew)
+            model, state = self._start(directory, outline, backend)
         except BaseException:
-            if isinstance(crew, DeviceTransport):
-                crew.close()
+            if isinstance(backend, DeviceTransport):
+                backend.close()
             if directory is not None:
                 directory.close()
             raise
-        clients = crew.clients if isinstance(crew, LocalClients) else []
+        clients = backend.clients if isinstance(backend, LocalClients) else []
         self.prepared = PreparedRun(
             config=config,
             outline=outline.model,
             method=outline.method,
             directory=directory,
-            local=crew.local if isinstance(crew, LocalClients) else None,
+            local=backend.local if isinstance(backend, LocalClients) else None,
             clients=clients,
-            workers=crew if isinstance(crew, DeviceTransport) else None,
+            workers=backend if isinstance(backend, DeviceTransport) else None,
             environment=facts,
             model=model,
             state=state,
@@ -326,11 +326,11 @@ class FederatedTrainer:
         )
 
     def _start(
-        self, directory: RunDirectory, outline: RunOutline, crew: LocalClients | DeviceTransport
+        self, directory: RunDirectory, outline: RunOutline, backend: LocalClients | DeviceTransport
     ) -> tuple[GlobalModel, ServerState]:
         """Return the model and state to start from: fresh ones, or those of a checkpoint."""
-        if isinstance(crew, LocalClients):
-            identity = crew.local.identity
+        if isinstance(backend, LocalClients):
+            identity = backend.local.identity
         else:
             shapes = outline.model
             identity = identify_base(outline.config.model, shapes.directory, shapes.labels)
@@ -340,7 +340,7 @@ class FederatedTrainer:
         resumed = directory.resume(self._server_round) if self._resume else None
         if resumed is None:
             state = ServerState(secrets.token_hex(16))
-            return _initial_model(outline, state.run_id, crew), state
+            return _initial_model(outline, state.run_id, backend), state
         model, state = resumed
         check_made_from(self.directory, model.server_round, outline, identity)
         for states in client_states(self.directory, state.run_id):
@@ -362,16 +362,16 @@ class FederatedTrainer:
 
 
 def _initial_model(
-    outline: RunOutline, run_id: str, crew: LocalClients | DeviceTransport
+    outline: RunOutline, run_id: str, backend: LocalClients | DeviceTransport
 ) -> GlobalModel:
     """Return the model of round 0, created by this process or by a worker."""
     config = outline.config
-    if isinstance(crew, LocalClients):
-        model = crew.local.initial_global_model(outline.method)
+    if isinstance(backend, LocalClients):
+        model = backend.local.initial_global_model(outline.method)
     else:
         # A classifier's labels may have been found in the data.
         labeled = replace(config.model, labels=list(outline.model.labels))
-        asked = handshake(crew, replace(config, model=labeled), run_id, outline.method)
-        model = asked.model
+        agreed = handshake(backend, replace(config, model=labeled), run_id, outline.method)
+        model = agreed.model
     model = model.with_wire_dtype(wire_dtype(config.federation.downlink_dtype))
     return with_start_adapter(outline.start_adapter, config, outline.method, model)

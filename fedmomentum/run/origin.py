@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 
 def fingerprints(
-    parties: Sequence[ClientData], tokens: Mapping[str, Sequence[TokenizedExamples]] | None = None
+    clients: Sequence[ClientData], tokens: Mapping[str, Sequence[TokenizedExamples]] | None = None
 ) -> dict[str, Fingerprint]:
     """Return the fingerprint of each client's data, including the order of its examples.
 
     Args:
-        parties: The clients' examples.
+        clients: The clients' examples.
         tokens: Client to its examples as tokens, if available.
     """
     found = {}
-    for party in parties:
-        parts = tokens[party.client_id] if tokens is not None else None
-        found[party.client_id] = Fingerprint(
-            train=_hash(map(_text, party.train)),
-            held_out=_hash(map(_text, party.test)),
+    for client in clients:
+        parts = tokens[client.client_id] if tokens is not None else None
+        found[client.client_id] = Fingerprint(
+            train=_hash(map(_text, client.train)),
+            held_out=_hash(map(_text, client.test)),
             tokens=None if parts is None else _hash(_tokens(parts)),
         )
     return found
@@ -183,8 +183,8 @@ def moved_path(path: str, origin: OriginFile, directory: Path) -> str:
     return candidate if os.path.exists(candidate) else path
 
 
-def follow(config: Config, directory: Path) -> Config:
-    """Return a run's configuration with its current paths, for a project that moved as a whole.
+def with_moved_paths(config: Config, directory: Path) -> Config:
+    """Return a run's configuration with its paths updated, if the project moved as a whole.
 
     Paths that still exist are kept. Files that are found are not trusted: the content of base model
     and data is compared with what the run was made from.
@@ -196,17 +196,17 @@ def follow(config: Config, directory: Path) -> Config:
     if origin is None:
         return config
 
-    def now(path: str) -> str:
+    def current(path: str) -> str:
         return moved_path(path, origin, directory)
 
     data = config.data
     data = replace(
         data,
-        source=now(data.source),
-        test_source=now(data.test_source) if data.test_source else data.test_source,
-        client_files={client: now(file) for client, file in data.client_files.items()},
+        source=current(data.source),
+        test_source=current(data.test_source) if data.test_source else data.test_source,
+        client_files={client: current(file) for client, file in data.client_files.items()},
     )
-    return replace(config, data=data, model=replace(config.model, name=now(config.model.name)))
+    return replace(config, data=data, model=replace(config.model, name=current(config.model.name)))
 
 
 def refuse_missing(config: Config) -> None:
@@ -217,7 +217,7 @@ def refuse_missing(config: Config) -> None:
         ModelError: If the base model's directory is not where the configuration says.
     """
     refuse_missing_data(config)
-    if _is_gone(config.model.name):
+    if _is_missing(config.model.name):
         raise ModelError(
             f"there is no {config.model.name}. If the base model is somewhere else now, give "
             "--base DIR"
@@ -233,27 +233,27 @@ def refuse_missing_data(config: Config) -> None:
     """
     data = config.data
     for client, file in data.client_files.items():
-        if _is_gone(file):
+        if _is_missing(file):
             raise DataError(
                 f"client {printable(client, 80)}: there is no {file}. If it is somewhere else now, "
                 "give --data NAME=FILE for it"
             )
-    if _is_gone(data.source):
+    if _is_missing(data.source):
         raise DataError(
             f"there is no {data.source}. If the data is somewhere else now, give --data FILE"
         )
-    if data.test_source and _is_gone(data.test_source):
+    if data.test_source and _is_missing(data.test_source):
         raise DataError(
             f"there is no {data.test_source}. If it is somewhere else now, give "
             "data.test-source=FILE"
         )
 
 
-def _is_gone(path: str) -> bool:
+def _is_missing(path: str) -> bool:
     return os.path.isabs(path) and not os.path.exists(path)
 
 
-def placed(config: Config, base: str, data: Sequence[str]) -> Config:
+def with_given_locations(config: Config, base: str, data: Sequence[str]) -> Config:
     """Return the configuration with base model and data at the locations that the user gives.
 
     Args:

@@ -64,7 +64,7 @@ def known_partition(
 ) -> dict[str, dict[str, dict[str, int]]]:
     """Count each client's examples by category; with differential privacy, only public numbers."""
     if outline.config.privacy.dp is None:
-        return partition_table(outline.parties)
+        return partition_table(outline.client_data)
     partition = {}
     for client in clients:
         partition[client.client_id] = {"train": {"": client.num_examples}, "test": {"": 0}}

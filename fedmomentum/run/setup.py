@@ -27,9 +27,9 @@ from fedmomentum.global_model.start import start_from
 from fedmomentum.lora.base_names import base_and_revision
 from fedmomentum.lora.hub_adapter import find_adapter
 from fedmomentum.lora.peft_folder import read_adapter
-from fedmomentum.run.client_examples import tokenize_parties
+from fedmomentum.run.client_examples import tokenize_clients
 from fedmomentum.run.method import make_method
-from fedmomentum.run.origin import check_data, fingerprints, follow, refuse_missing
+from fedmomentum.run.origin import check_data, fingerprints, refuse_missing, with_moved_paths
 from fedmomentum.run.outline import ModelOutline, outline_model
 from fedmomentum.run.privacy_checks import check_num_clients, check_privacy
 from fedmomentum.run.private_checks import check_private_run, choose_private_dtype
@@ -67,7 +67,7 @@ class RunOutline:
         function: The user's own training function, if any.
         model: The shapes of the model.
         examples: The clients' examples as tokens.
-        parties: The same examples as text.
+        client_data: The same examples as text.
         data: The fingerprints of both.
         start_adapter: The adapter that `lora.start-from` names, if any.
     """
@@ -77,7 +77,7 @@ class RunOutline:
     function: TrainingFunction | None
     model: ModelOutline
     examples: list[TokenizedClient]
-    parties: list[ClientData]
+    client_data: list[ClientData]
     data: dict[str, Fingerprint]
     start_adapter: Adapter | None = None
 
@@ -131,7 +131,7 @@ def outline_run(
     check_trackers(config.run.report_to)
     function = training_function(config)
     if resume:
-        config = follow(config, out)
+        config = with_moved_paths(config, out)
         refuse_missing(config)
     if resume or not is_plan:
         check_run_directory(config, out, resume, server_round)
@@ -139,14 +139,15 @@ def outline_run(
     set_up_process(config.run)
     # Data before the model: mistakes are more frequent there, and it is quicker to read.
     callbacks.on_message("Reading the data")
-    parties = load_data(config)
-    check_num_clients(config, len(parties))
-    labels = find_labels(config.model, parties)
+    client_data = load_data(config)
+    check_num_clients(config, len(client_data))
+    labels = find_labels(config.model, client_data)
     model = outline_model(config, labels, is_plan=is_plan)
-    examples = tokenize_parties(config, parties, model.base, model.tokenizer, labels)
+    examples = tokenize_clients(config, client_data, model.base, model.tokenizer, labels)
     _refuse_unknown_clients(config, [one.client_id for one in examples])
-    data = fingerprints(parties, {one.client_id: (one.train, one.test) for one in examples})
-    return RunOutline(config, method, function, model, examples, parties, data, start_adapter)
+    tokens = {client.client_id: (client.train, client.test) for client in examples}
+    data = fingerprints(client_data, tokens)
+    return RunOutline(config, method, function, model, examples, client_data, data, start_adapter)
 
 
 def set_up_process(run: RunConfig) -> None:

@@ -60,7 +60,7 @@ def check_task(config: Config) -> None:
 
 
 def require_labels(model: ModelConfig) -> tuple[str, ...]:
-    """Return the labels configured for a party in a federation over a network.
+    """Return the labels configured for a client or server in a federation over a network.
 
     Since nobody sees all of the data, labels cannot be found there.
 
@@ -69,13 +69,13 @@ def require_labels(model: ModelConfig) -> tuple[str, ...]:
     """
     if model.task == CLASSIFICATION and not model.labels:
         raise ConfigError(
-            "model.labels is missing: over a network no party sees all of the data, so the run's "
+            "model.labels is missing: over a network nobody sees all of the data, so the run's "
             'settings name the labels, in one order for server and clients: labels = ["A", "B"]'
         )
     return tuple(model.labels)
 
 
-def find_labels(model: ModelConfig, parties: Sequence[ClientData]) -> tuple[str, ...]:
+def find_labels(model: ModelConfig, clients: Sequence[ClientData]) -> tuple[str, ...]:
     """Return a classifier's labels from its settings or data; none for a language model.
 
     Labels found in the data include those of held-out examples. They are in the order of the
@@ -88,13 +88,13 @@ def find_labels(model: ModelConfig, parties: Sequence[ClientData]) -> tuple[str,
     if model.task != CLASSIFICATION:
         return ()
     if model.labels:
-        for party in parties:
-            refuse_unknown_labels((*party.train, *party.test), model.labels, party.client_id)
+        for client in clients:
+            refuse_unknown_labels((*client.train, *client.test), model.labels, client.client_id)
         return tuple(model.labels)
     # Use the labels of all clients, so that every client has the same.
     found: set[str] = set()
-    for party in parties:
-        found.update(example.completion for example in (*party.train, *party.test))
+    for client in clients:
+        found.update(example.completion for example in (*client.train, *client.test))
     if len(found) < 2:
         raise DataError(
             f"all examples have the label {next(iter(found))!r}; a classifier needs two labels at "

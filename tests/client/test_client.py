@@ -13,7 +13,7 @@ from fedmomentum.global_model.personal import PersonalFactors
 from fedmomentum.lora.adapter import PREFIX
 from fedmomentum.protocol.codec import decode_reply, decode_task, encode_task
 from fedmomentum.protocol.messages import BASE_PROBES, EFFECTIVE_PROBES, SECONDS, MissingObjects
-from fedmomentum.run.client_setup import prepare_client, rehearsal
+from fedmomentum.run.client_setup import prepare_client, smoke_test_task
 from tests.runs import nudge, tiny_config
 
 
@@ -27,7 +27,7 @@ def client(tmp_path):
 
 @pytest.fixture
 def task(client, tmp_path):
-    return decode_task(rehearsal(tiny_config(tmp_path), client))
+    return decode_task(smoke_test_task(tiny_config(tmp_path), client))
 
 
 def answer(client, task):

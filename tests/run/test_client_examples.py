@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from fedmomentum.config.toml import from_dict
 from fedmomentum.data.examples import ClientData, Example
 from fedmomentum.errors import DataError
-from fedmomentum.run.client_examples import tokenize_parties
+from fedmomentum.run.client_examples import tokenize_clients
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 SHORT = [Example(f"ab{number}", "c") for number in range(9)]
@@ -18,7 +18,7 @@ def tokenized(folder, train, test, fraction):
     config = from_dict({"model": {"name": str(folder)}, "data": limits})
     party = ClientData("north", tuple(train), tuple(test))
     base = AutoModelForCausalLM.from_pretrained(folder)
-    (client,) = tokenize_parties(config, [party], base, tiny_tokenizer(), ())
+    (client,) = tokenize_clients(config, [party], base, tiny_tokenizer(), ())
     return client
 
 

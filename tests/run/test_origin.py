@@ -11,7 +11,7 @@ from fedmomentum.config.toml import load_config, to_toml
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.run import compare
 from fedmomentum.run.method_variants import parse_methods
-from fedmomentum.run.origin import placed
+from fedmomentum.run.origin import with_given_locations
 from tests.runs import Events, chain, objects, prepare, start, timeless, tiny_config
 from tests.tiny import tiny_llama
 
@@ -184,7 +184,7 @@ def test_another_template_is_refused(project):
 
 def test_another_base_is_refused(project, tmp_path):
     other = tiny_llama(tmp_path / "other", seed=9)
-    config = placed(load_config(project / "job.toml"), str(other), [])
+    config = with_given_locations(load_config(project / "job.toml"), str(other), [])
     with pytest.raises(ModelError, match="base model differs"):
         prepare(config, project / "runs" / "job", resume=True)
 
@@ -254,21 +254,23 @@ def test_data_is_named_by_client_or_once(original, tmp_path):
     config = load_config(original / "job.toml")
     file = tmp_path / "x=y.jsonl"
     file.write_text("x")
-    moved = placed(config, "", [f"a/b.c=d={file}", f"north={file}"])
+    moved = with_given_locations(config, "", [f"a/b.c=d={file}", f"north={file}"])
     assert moved.data.client_files == {"north": str(file), "a/b.c=d": str(file)}
     with pytest.raises(
         ConfigError,
         match="--data must be NAME=FILE with the name of a client, one of a/b.c=d, north",
     ):
-        placed(config, "", [str(file)])
+        with_given_locations(config, "", [str(file)])
     shared = replace(config, data=replace(config.data, client_files={}, source="rows.jsonl"))
-    assert placed(shared, "", [str(file)]).data.source == str(file)
+    assert with_given_locations(shared, "", [str(file)]).data.source == str(file)
     with pytest.raises(ConfigError, match="--data can be given once"):
-        placed(shared, "", ["a", "b"])
-    assert placed(config, str(original / "base"), []).model.name == str(original / "base")
-    assert placed(config, "owner/name", []).model.name == "owner/name"
+        with_given_locations(shared, "", ["a", "b"])
+    assert with_given_locations(config, str(original / "base"), []).model.name == str(
+        original / "base"
+    )
+    assert with_given_locations(config, "owner/name", []).model.name == "owner/name"
     # A revision belongs to its model: it comes with the name, and goes with it.
-    hub = placed(config, "owner/name@v2", []).model
+    hub = with_given_locations(config, "owner/name@v2", []).model
     assert (hub.name, hub.revision) == ("owner/name", "v2")
     pinned = replace(config, model=hub)
     for base, expected in (
@@ -277,7 +279,7 @@ def test_data_is_named_by_client_or_once(original, tmp_path):
         ("owner/other", None),
         (str(original / "base"), None),
     ):
-        assert placed(pinned, base, []).model.revision == expected, base
+        assert with_given_locations(pinned, base, []).model.revision == expected, base
 
 
 # ── comparisons ──

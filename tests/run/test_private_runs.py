@@ -11,7 +11,7 @@ from fedmomentum.formats.directories import round_file
 from fedmomentum.privacy.ledger import read_ledger
 from fedmomentum.protocol.codec import decode_reply, decode_task
 from fedmomentum.run import setup
-from fedmomentum.run.client_setup import prepare_client, rehearsal
+from fedmomentum.run.client_setup import prepare_client, smoke_test_task
 from fedmomentum.run.private_checks import (
     check_private_client,
     check_private_run,
@@ -161,23 +161,25 @@ def test_budget_ends_a_run_before_training(tmp_path):
     run = prepare(config, tmp_path / "out")
     try:
         (client, *_) = run.clients
-        payload = rehearsal(config, client)
+        payload = smoke_test_task(config, client)
         # What stays here is not counted.
         before = read_all(tmp_path)
-        client.handle(payload, is_rehearsal=True)
+        client.handle(payload, is_smoke_test=True)
         assert read_all(tmp_path) == before
         with pytest.raises(PrivacyError, match=r"privacy budget of site0: 1 more steps .* is 0.5"):
             client.handle(payload)
         assert read_ledger(tmp_path / "ledgers" / "site0.json").trainings == []
         # A run without privacy gets nothing, and a client without it takes no part in a private one.
-        public = rehearsal(tiny_config(tmp_path, num_clients=2, method={"name": "fedsvd"}), client)
+        public = smoke_test_task(
+            tiny_config(tmp_path, num_clients=2, method={"name": "fedsvd"}), client
+        )
         with pytest.raises(ConfigError, match="takes part in runs with differential privacy only"):
             client.handle(public)
         other = private_config(tmp_path, dp={"unit-column": "kind"})
         with pytest.raises(
             ConfigError, match=r"protects one kind; \[privacy.dp\] here protects one ex"
         ):
-            client.handle(rehearsal(other, client))
+            client.handle(smoke_test_task(other, client))
         client.private = None
         with pytest.raises(ConfigError, match=r"Set \[privacy.dp\] with a budget"):
             client.handle(payload)
@@ -197,7 +199,7 @@ def test_units_are_the_values_of_a_column_and_the_public_number_sets_the_rate(tm
     )
     client = prepare_client(config, "site0", tmp_path / "store")
     assert len(set(client.train.units)) == 2
-    payload = rehearsal(config, client)
+    payload = smoke_test_task(config, client)
     terms = decode_task(payload).request.private
     settings = client.private.settings(terms, decode_task(payload).request.hyperparameters)
     assert sorted(row for unit in settings.units for row in unit) == list(range(len(client.train)))
@@ -206,7 +208,7 @@ def test_units_are_the_values_of_a_column_and_the_public_number_sets_the_rate(tm
     assert mechanism.sample_rate == pytest.approx(4 / 40)
     assert mechanism.expected_batch == pytest.approx(4)
     assert client.num_examples == 40
-    client.handle(payload, is_rehearsal=True)
+    client.handle(payload, is_smoke_test=True)
 
 
 @pytest.mark.parametrize(
