@@ -12,7 +12,7 @@ from typing import Any
 
 from fedmomentum.data.examples import Message, keys_problem
 from fedmomentum.errors import DataError
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import short_repr
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -75,7 +75,7 @@ def parse_chat(value: Any, column: str, *, may_be_text: bool = False) -> Chat:
         value = _parse_json(value, column)
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"column {column!r} must be a list of messages (role, content); got {shown(value)}"
+            f"column {column!r} must be a list of messages (role, content); got {short_repr(value)}"
         )
     messages = []
     weights = []
@@ -145,15 +145,15 @@ def _from_sharegpt(message: Message, place: str) -> Message:
         ("role", "content")
     ):
         raise DataError(
-            f"{place}: must have from and value, or role and content; got {shown(message)}"
+            f"{place}: must have from and value, or role and content; got {short_repr(message)}"
         )
     # The speaker determines the role; the remaining keys are checked along with the role.
     sender = message["from"]
     role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
     if role is None:
         raise DataError(
-            f"{place}: from is {shown(sender)}; known: {', '.join(SHAREGPT_ROLES)}. Calls of tools "
-            "are written as tool_calls of a message with role and content"
+            f"{place}: from is {short_repr(sender)}; known: {', '.join(SHAREGPT_ROLES)}. Calls of "
+            "tools are written as tool_calls of a message with role and content"
         )
     others = {key: value for key, value in message.items() if key not in ("from", "value")}
     return {"role": role, "content": message["value"], **others}
@@ -166,11 +166,11 @@ def _pop_weight(message: Message, place: str) -> int | None:
     weight = message.pop("weight")
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not is_number or weight not in (0, 1):
-        raise DataError(f"{place}: weight is {shown(weight)}; it must be 0 or 1")
+        raise DataError(f"{place}: weight is {short_repr(weight)}; it must be 0 or 1")
     if message.get("role") != "assistant" and weight == 1:
         raise DataError(
-            f"{place}: weight is 1 in a message of {shown(message.get('role'))}; only what the "
-            "assistant says is learned: remove the weight"
+            f"{place}: weight is 1 in a message of {short_repr(message.get('role'))}; only what "
+            "the assistant says is learned: remove the weight"
         )
     return int(weight)
 
@@ -184,13 +184,8 @@ def _join_parts(parts: list[Any], place: str) -> str:
         is_text = fields.keys() == {"type", "text"} and fields["type"] == "text"
         if not is_text or not isinstance(fields["text"], str):
             raise DataError(
-                f"{place}: part {number} of its content is {shown(part)}; only parts of text "
+                f"{place}: part {number} of its content is {short_repr(part)}; only parts of text "
                 '({"type": "text", "text": "..."}) can be learned: remove it, or drop the row'
             )
         texts.append(fields["text"])
     return "".join(texts)
-
-
-def shown(value: Any) -> str:
-    """Return a data value for an error message: on one line, truncated if long."""
-    return printable(repr(value), 100)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fedmomentum.errors import DataError
 from fedmomentum.utils.names import check_client_name
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import printable, short_repr
 
 MAX_LABEL = 256
 """The maximum length of a category in characters, the same as `schema.Label` accepts."""
@@ -159,7 +159,7 @@ def _check_message(message: object, position: int) -> None:
 
 def keys_problem(message: object) -> str | None:
     """Return what is wrong with the keys of a chat message, or None."""
-    shown = printable(repr(message), 100)
+    shown = short_repr(message)
     keys = set(message) if isinstance(message, Mapping) else set()
     if not isinstance(message, Mapping) or not {"role", "content"} <= keys:
         return f"must have exactly role and content; got {shown}"
@@ -176,7 +176,7 @@ def _message_problem(message: object) -> str | None:
     if problem is not None:
         return problem
     assert isinstance(message, Mapping)  # or there were a problem
-    shown = printable(repr(message), 100)
+    shown = short_repr(message)
     if not isinstance(message["role"], str) or not isinstance(message["content"], str):
         return f"role and content must be text; got {shown}"
     for key in ("tool_call_id", "name"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedmomentum.data.examples import MAX_LABEL, Example, label_problem
 from fedmomentum.data.rows import Rows
 from fedmomentum.errors import DataError
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import printable, short_repr
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +51,7 @@ def column_texts(rows: Rows | Dataset, column: str, *, where: str = "") -> list[
         kinds.add(type(label))
         if len(kinds) > 1:
             raise DataError(
-                f"{place} is {_shown(label)}, and rows before it hold another kind of value; a "
+                f"{place} is {short_repr(label)}, and rows before it hold another kind of value; a "
                 "column must hold one kind of value in all rows, for 1 and '1' would be taken for "
                 "the same"
             )
@@ -79,7 +79,7 @@ def _label(value: Any, label_names: Sequence[str] | None, place: str) -> str | i
                 ". Missing values turn a column of integers into 1.0: fill them in or drop those "
                 "rows, and write the column as integers or text"
             )
-        raise DataError(f"{place} is {_shown(value)}; it must be text or an integer{hint}")
+        raise DataError(f"{place} is {short_repr(value)}; it must be text or an integer{hint}")
     return value.strip() if isinstance(value, str) else value
 
 
@@ -139,11 +139,6 @@ def _lone_surrogate(value: Any) -> str | None:
 def file_prefix(where: str) -> str:
     """Return the prefix of an error message about a file; empty without one."""
     return f"{where}: " if where else ""
-
-
-def _shown(value: Any) -> str:
-    """Return a data value for an error message: on one line, truncated if long."""
-    return printable(repr(value), 100)
 
 
 def with_units(

@@ -17,7 +17,7 @@ from fedmomentum.data.label_columns import column_texts, warn_of_case
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import DataError
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import first_few, printable, short_repr
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,7 +95,7 @@ def _text_columns(known: Sequence[str], columns: Sequence[str], prefix: str) -> 
 def _check_text(value: Any, place: str) -> None:
     """Reject a value that is not text, is empty or was cut off in the middle of a character."""
     if not isinstance(value, str):
-        raise DataError(f"{place} is {printable(repr(value), 100)}; it must be text")
+        raise DataError(f"{place} is {short_repr(value)}; it must be text")
     if not value.strip():
         raise DataError(f"{place} is empty; fill it in or drop the row")
     try:
@@ -134,8 +134,7 @@ def refuse_unknown_labels(examples: Iterable[Example], labels: Collection[str], 
 
 
 def _listed(labels: Sequence[str]) -> str:
-    shown = ", ".join(printable(repr(label), 60) for label in labels[:MAX_SHOWN])
-    return f"{shown} and {len(labels) - MAX_SHOWN} more" if len(labels) > MAX_SHOWN else shown
+    return first_few([printable(repr(label), 60) for label in labels], MAX_SHOWN)
 
 
 # ── from examples to tokens ───────────────────────────────────────────────────────────────────────

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fedmomentum.data.chats import shown
 from fedmomentum.data.columns import find_format, resolve_names
 from fedmomentum.data.examples import MAX_CATEGORIES, Example
 from fedmomentum.data.label_columns import column_texts, file_prefix, read_column, warn_of_case
@@ -16,6 +15,7 @@ from fedmomentum.data.row_formats import EMPTY_TEXTS, Cells, parse_row
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.rows import read_rows as read_rows
 from fedmomentum.errors import DataError
+from fedmomentum.utils.text import short_repr
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -109,9 +109,10 @@ def _refuse_tools(rows: Rows, where: str) -> None:
         # Text tables spell out "no tools".
         if value and value not in EMPTY_TEXTS:
             raise DataError(
-                f"{file_prefix(where)}{rows.place(number)}: column 'tools' holds {shown(value)}; "
-                "definitions of tools are not supported, and left out they would be missing from "
-                "the prompt. Write them into the system message, or remove the column"
+                f"{file_prefix(where)}{rows.place(number)}: column 'tools' holds "
+                f"{short_repr(value)}; definitions of tools are not supported, and left out they "
+                "would be missing from the prompt. Write them into the system message, or remove "
+                "the column"
             )
 
 
@@ -123,8 +124,9 @@ def _refuse_verdicts(rows: Rows, column: str | None, where: str) -> None:
         is_verdict = isinstance(value, bool) or str(value).strip().lower() in ("true", "false")
         if is_verdict:
             raise DataError(
-                f"{file_prefix(where)}{rows.place(number)}: column {column!r} is {shown(value)}; "
-                "completions that are labeled as good or bad are not supported, and the bad would "
-                "be learned like the good. Give pairs of chosen and rejected answers, or keep the "
+                f"{file_prefix(where)}{rows.place(number)}: column {column!r} is "
+                f"{short_repr(value)}; completions that are labeled as good or bad are not "
+                "supported, and the bad would be learned like the good. Give pairs of chosen and "
+                "rejected answers, or keep the "
                 'rows with good completions and leave the column out: [data.columns] label = ""'
             )

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedmomentum.data.chats import Chat, parse_chat, shown, unpack_messages
+from fedmomentum.data.chats import Chat, parse_chat, unpack_messages
 from fedmomentum.data.examples import Message, Prompt
 from fedmomentum.errors import DataError
+from fedmomentum.utils.text import short_repr
 
 USER_COLUMNS = {
     "instruction+output": ("instruction", ("output", "answer")),
@@ -51,7 +52,7 @@ class Cells:
         if not isinstance(value, str):
             # A column that may be empty may be left out too.
             remedy = f', or be left out: [data.columns] {column} = ""' if may_be_empty else ""
-            raise DataError(f"column {name!r} is {shown(value)}; it must be text{remedy}")
+            raise DataError(f"column {name!r} is {short_repr(value)}; it must be text{remedy}")
         if not value.strip() and not may_be_empty:
             raise DataError(f"column {name!r} is empty; fill it in or drop the row")
         return value
@@ -111,8 +112,9 @@ def _parse_question(kind: str, cells: Cells) -> Answered:
     history = cells.get("history")
     if history and history not in EMPTY_TEXTS:
         raise DataError(
-            f"column {cells.names['history']!r} holds {shown(history)}; earlier turns are read "
-            "from messages only, and left out they would be missing from the prompt: write the row "
+            f"column {cells.names['history']!r} holds {short_repr(history)}; earlier turns are "
+            "read from messages only, and left out they would be missing from the prompt: write "
+            "the row "
             'as messages, or leave the column out: [data.columns] history = ""'
         )
     # The question, followed by its context.
@@ -153,7 +155,7 @@ def _with_system(chat: Chat, cells: Cells) -> Chat:
     if first["content"] == text:
         return chat
     raise DataError(
-        f"column {cells.names['system']!r} is {shown(text)}, and the chat begins with another "
+        f"column {cells.names['system']!r} is {short_repr(text)}, and the chat begins with another "
         "message of the system; remove one of them, or leave the column out: [data.columns] system "
         '= ""'
     )
@@ -210,8 +212,9 @@ def _plain_prompt(text: str, cells: Cells) -> str:
     system = _system_text(cells)
     if system is not None:
         raise DataError(
-            f"column {cells.names['system']!r} is {shown(system)}, and the prompt is plain text, "
-            "which has no system message: write the prompt as a list of messages, put the system "
+            f"column {cells.names['system']!r} is {short_repr(system)}, and the prompt is plain "
+            "text, which has no system message: write the prompt as a list of messages, put the "
+            "system "
             'text into the prompt, or leave the column out: [data.columns] system = ""'
         )
     return text
@@ -281,9 +284,9 @@ def _parse_pair_of_chats(cells: Cells) -> Answered:
             is_same = cells.chat("prompt").messages == context
         if not is_same:
             raise DataError(
-                f"column {cells.names['prompt']!r} is {shown(prompt)}, which the chats in 'chosen' "
-                "and 'rejected' do not hold before their last message; remove the column, or "
-                "correct it"
+                f"column {cells.names['prompt']!r} is {short_repr(prompt)}, which the chats in "
+                "'chosen' and 'rejected' do not hold before their last message; remove the column, "
+                "or correct it"
             )
     asked = context
     if context:
@@ -321,7 +324,7 @@ def _assistant_text(message: Message) -> str:
     if message["role"] != "assistant":
         raise DataError(
             "the last message must be the assistant's, the answer to learn; its role is "
-            f"{shown(message['role'])}"
+            f"{short_repr(message['role'])}"
         )
     others = sorted(message.keys() - {"role", "content"})
     if others:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedmomentum.errors import AdapterError, HubError
 from fedmomentum.utils.hub import HubName, download, list_files, parse_hub_name
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import first_few, printable
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -20,7 +20,7 @@ ADAPTER_FILES = ["*.json", WEIGHTS_FILE, "*.model", "*.jinja", "vocab.txt", "mer
 # Files to skip: training checkpoints, which are in subdirectories.
 OTHER_FILES = ["*/*"]
 # Maximum number of files listed in a message.
-MOST_SHOWN = 8
+MAX_SHOWN = 8
 
 
 def find_adapter(path: Path | str, name: str | None = None) -> Path:
@@ -55,10 +55,9 @@ def _describe_lack(hub_name: HubName, directory: Path) -> str:
     if CONFIG_FILE in files and PICKLED_FILE in files and WEIGHTS_FILE not in files:
         return f"{hub_name} on the hub: {PICKLE_TEXT}"
     lacking = WEIGHTS_FILE if CONFIG_FILE in files else CONFIG_FILE
-    listed = ", ".join(printable(file, 80) for file in files[:MOST_SHOWN]) or "no files"
-    more = f" and {len(files) - MOST_SHOWN} more" if len(files) > MOST_SHOWN else ""
+    listed = first_few([printable(file, 80) for file in files], MAX_SHOWN) or "no files"
     kind = "; it is a model, not an adapter" if "config.json" in files else ""
     return (
-        f"{hub_name} on the hub has no {lacking}, but {listed}{more}{kind}. Give the repository of "
+        f"{hub_name} on the hub has no {lacking}, but {listed}{kind}. Give the repository of "
         "an adapter that PEFT wrote"
     )

@@ -10,7 +10,7 @@ from fedmomentum.lora.adapter import Adapter
 from fedmomentum.lora.adapter_config import AdapterConfig
 from fedmomentum.lora.module_names import EMBEDDING, split_expert
 from fedmomentum.lora.peft_layout import is_parameter_target
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import printable, short_repr
 
 T = TypeVar("T", int, float)
 
@@ -88,13 +88,14 @@ def check_config(config: Mapping[str, Any], name: str) -> AdapterConfig:
     declared = AdapterConfig.of(config, name)
     if str(declared.peft_type or "LORA").rsplit(".", 1)[-1] != "LORA":
         raise AdapterError(
-            f"{name}: peft_type is {shown(declared.peft_type)}; only LORA adapters are supported"
+            f"{name}: peft_type is {short_repr(declared.peft_type)}; only LORA adapters are "
+            "supported"
         )
     if config.get("init_lora_weights", True) not in HARMLESS_INIT:
         raise AdapterError(
-            f"{name}: init_lora_weights is {shown(config['init_lora_weights'])}, which changes the "
-            "base weights at the start of training, so that this adapter does not fit the "
-            f"published base. Supported: {HARMLESS_INIT}"
+            f"{name}: init_lora_weights is {short_repr(config['init_lora_weights'])}, which "
+            "changes the base weights at the start of training, so that this adapter does not fit "
+            f"the published base. Supported: {HARMLESS_INIT}"
         )
     known = READ_FIELDS | HARMLESS_FIELDS | {"init_lora_weights"}
     for key, value in config.items():
@@ -103,16 +104,11 @@ def check_config(config: Mapping[str, Any], name: str) -> AdapterConfig:
         if key not in known and not is_default:
             field = printable(str(key), 100)
             raise AdapterError(
-                f"{name}: the LoRA configuration has {field} = {shown(value)}; only its default, "
-                f"{default!r}, is supported. Train without {field}, or merge this adapter into its "
-                "base with PEFT"
+                f"{name}: the LoRA configuration has {field} = {short_repr(value)}; only its "
+                f"default, {default!r}, is supported. Train without {field}, or merge this adapter "
+                "into its base with PEFT"
             )
     return declared
-
-
-def shown(value: Any) -> str:
-    """Format a value for messages: short, on one line."""
-    return printable(repr(value), 100)
 
 
 def plain_config(adapter: Adapter) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fedmomentum.lora.adapter import PREFIX, Adapter
 from fedmomentum.lora.adapter_config import AdapterConfig, json_value
 from fedmomentum.lora.hub_adapter import PICKLE_TEXT, PICKLED_FILE, find_adapter
 from fedmomentum.lora.module_names import EMBEDDING, split_expert
-from fedmomentum.lora.peft_config import check_config, plain_config, shown
+from fedmomentum.lora.peft_config import check_config, plain_config
 from fedmomentum.lora.peft_layout import (
     check_layout_version,
     split_stack,
@@ -34,7 +34,7 @@ from fedmomentum.utils.io import write_atomically
 from fedmomentum.utils.records import read_file
 from fedmomentum.utils.schema import check_free_form, parse_json
 from fedmomentum.utils.tensors import is_finite, safetensors_bytes
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import printable, short_repr
 
 FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Bytes of adapter_config.json, and of the header of the weights: 100,000 tensors need 15 MB.
@@ -243,7 +243,7 @@ def _classify(
         elif _is_adapted_table(path, tensors):
             continue  # the untrained base weight, which PEFT saves too
         else:
-            listed = shown(saved_modules) if saved_modules else "none"
+            listed = short_repr(saved_modules) if saved_modules else "none"
             raise AdapterError(
                 f"{name}: tensor {key} of shape {tuple(tensor.shape)} is neither a factor of a "
                 f"linear layer nor of a module in modules_to_save ({listed}); it is not supported"

@@ -20,7 +20,7 @@ from fedmomentum.formats.manifest import Fingerprint
 from fedmomentum.formats.run_files import DATA, OriginFile
 from fedmomentum.utils.hub import split_revision
 from fedmomentum.utils.records import read_record
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import first_few, printable
 
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
@@ -146,19 +146,16 @@ def check_data(
             other_tokens.append(name)
     if different:
         raise DataError(
-            f"{directory} was made with other data; it differs for {_few(different)}. Give the "
-            "data that the run began with, or start over in another --out"
+            f"{directory} was made with other data; it differs for {first_few(different)}. Give "
+            "the data that the run began with, or start over in another --out"
         )
     if other_tokens:
         raise DataError(
             f"{directory}: the texts are those that the run began with, but they give other tokens "
-            f"for {_few(other_tokens)}: the base model's tokenizer or chat template is another one "
-            "now. Give the base model that the run began with, or start over in another --out"
+            f"for {first_few(other_tokens)}: the base model's tokenizer or chat template is "
+            "another one now. Give the base model that the run began with, or start over in "
+            "another --out"
         )
-
-
-def _few(items: Sequence[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 # ── moved projects ────────────────────────────────────────────────────────────────────────────────
@@ -289,7 +286,7 @@ def with_given_locations(config: Config, base: str, data: Sequence[str]) -> Conf
         if not ends:
             raise ConfigError(
                 "--data must be NAME=FILE with the name of a client, one of "
-                f"{_few(sorted(files))}; got {item!r}"
+                f"{first_few(sorted(files))}; got {item!r}"
             )
         files[item[: ends[0]]] = _absolute(item[ends[0] + 1 :])
     return replace(config, data=replace(config.data, client_files=files))

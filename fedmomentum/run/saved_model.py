@@ -34,7 +34,7 @@ from fedmomentum.lora.peft_folder import read_adapter
 from fedmomentum.run.origin import moved_path, read_origin
 from fedmomentum.server.saved_run import committed_records, saved_settings
 from fedmomentum.utils.names import directory_name
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import first_few, printable
 
 if TYPE_CHECKING:
     import torch
@@ -300,9 +300,8 @@ def _refuse_stale(path: Path, factors: PersonalFactors, server_round: int) -> No
             )
 
 
-def _listed(items: Sequence[Any], most: int = 20) -> str:
-    shown = ", ".join(printable(str(item), 80) for item in items[:most])
-    return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "none"
+def _listed(items: Sequence[Any]) -> str:
+    return first_few([printable(str(item), 80) for item in items], 20) or "none"
 
 
 # ── the base model ────────────────────────────────────────────────────────────────────────────────

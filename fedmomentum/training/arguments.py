@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from fedmomentum.errors import ConfigError, DataError
 from fedmomentum.utils.schema import Schema, validation_message
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import printable, short_repr
 
 if TYPE_CHECKING:
     from fedmomentum.config.training import LocalTraining
@@ -139,7 +139,7 @@ def _check_choice(name: str, value: str) -> None:
         nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
         raise ConfigError(
-            f"training argument {name}: transformers has no {printable(repr(value), 100)}; {hint}"
+            f"training argument {name}: transformers has no {short_repr(value)}; {hint}"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 CONTROL_CHARACTERS = (
     "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff"
@@ -24,3 +26,14 @@ def printable(text: str, max_length: int = 500) -> str:
     """
     shown = text if len(text) <= max_length else text[: max_length - 1] + "…"
     return _CONTROL.sub(REPLACEMENT, shown)
+
+
+def short_repr(value: Any) -> str:
+    """Return a value's `repr` for an error message: on one line, truncated if long."""
+    return printable(repr(value), 100)
+
+
+def first_few(texts: Sequence[str], max_shown: int = 5) -> str:
+    """Join the first texts by commas, and add how many more there are; empty without texts."""
+    shown = ", ".join(texts[:max_shown])
+    return f"{shown} and {len(texts) - max_shown} more" if len(texts) > max_shown else shown
