@@ -27,7 +27,7 @@ UNLIMITED = 2**31
 
 
 @dataclass(frozen=True)
-class Asking:
+class PromptSettings:
     """How prompts are presented to a model.
 
     Attributes:
@@ -60,7 +60,7 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
     Args:
         model: The model, on its device.
         tokenizer: Its tokenizer.
-        asking: How prompts are presented to it.
+        prompt_settings: How prompts are presented to it.
         on_prompts: Called with the number of newly answered prompts.
 
     Raises:
@@ -71,12 +71,12 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        asking: Asking,
+        prompt_settings: PromptSettings,
         on_prompts: Callable[[int], None],
     ) -> None:
-        if asking.chat and not tokenizer.chat_template:
+        if prompt_settings.chat and not tokenizer.chat_template:
             raise DataError("--chat: the tokenizer has no chat template; leave it out")
-        self._asking = asking
+        self._prompt_settings = prompt_settings
         self._on_prompts = on_prompts
         self._num_unfinished = 0
         # lm-eval ties weights again, which would undo a separately trained head.
@@ -86,7 +86,7 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
                 pretrained=model,
                 tokenizer=tokenizer,
                 max_length=max_positions(model)[0] or UNLIMITED,
-                batch_size=asking.batch_size,
+                batch_size=prompt_settings.batch_size,
                 # in 16 bits, sums over a choice's tokens are too coarse to distinguish choices
                 softmax_dtype="float32",
             )
@@ -103,10 +103,10 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
             ModelError: If the tokenizer produces a token that the model does not know.
         """
         task.build_all_requests(
-            limit=self._asking.limit,
-            apply_chat_template=self._asking.chat,
-            fewshot_as_multiturn=self._asking.chat,
-            chat_template=self.apply_chat_template if self._asking.chat else None,
+            limit=self._prompt_settings.limit,
+            apply_chat_template=self._prompt_settings.chat,
+            fewshot_as_multiturn=self._prompt_settings.chat,
+            chat_template=self.apply_chat_template if self._prompt_settings.chat else None,
         )
         truncated = set()
         for request in task.instances:
@@ -154,11 +154,11 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
         results: Any = evaluate(
             lm=self,
             task_dict={"tasks": {task.task_name: task}, "groups": {}},
-            limit=self._asking.limit,
+            limit=self._prompt_settings.limit,
             # not used for means, but lm-eval gives no standard error without it
             bootstrap_iters=1,
-            apply_chat_template=self._asking.chat,
-            fewshot_as_multiturn=self._asking.chat,
+            apply_chat_template=self._prompt_settings.chat,
+            fewshot_as_multiturn=self._prompt_settings.chat,
             confirm_run_unsafe_code=True,  # programs run in our sandbox or were rejected before
         )
         scores = _scores(task.task_name, results["samples"][task.task_name])

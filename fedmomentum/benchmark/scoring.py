@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fedmomentum.base_model.identity import BaseIdentity
-from fedmomentum.benchmark.language_model import Asking, BenchmarkModel
+from fedmomentum.benchmark.language_model import BenchmarkModel, PromptSettings
 from fedmomentum.benchmark.plain_model import PlainModel, is_plain_model
 from fedmomentum.benchmark.sandbox import check_sandbox
 from fedmomentum.benchmark.task_files import TaskData, read_task
@@ -57,7 +57,7 @@ class Benchmarks:
     Attributes:
         tasks: Names of task files.
         directory: Their directory.
-        asking: How prompts are presented to the model.
+        prompt_settings: How prompts are presented to the model.
         num_fewshot: Number of few-shot examples per prompt; None for each task's own.
         run_code: Whether programs that the model writes may be run.
         truncate: Whether prompts that exceed the model's context may be truncated from the left.
@@ -65,7 +65,7 @@ class Benchmarks:
 
     tasks: tuple[str, ...]
     directory: Path
-    asking: Asking = Asking()
+    prompt_settings: PromptSettings = PromptSettings()
     num_fewshot: int | None = None
     run_code: bool = False
     truncate: bool = False
@@ -142,7 +142,7 @@ def _read_tasks(benchmarks: Benchmarks) -> dict[str, TaskData]:
     if not benchmarks.tasks:
         raise ConfigError("--tasks names no task; give one or more, such as gsm8k,arc_easy")
     for name in ("limit", "batch_size"):
-        value = getattr(benchmarks.asking, name)
+        value = getattr(benchmarks.prompt_settings, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
     if benchmarks.num_fewshot is not None and not 0 <= benchmarks.num_fewshot <= 1000:
@@ -204,11 +204,11 @@ def _settings(
         base=base.sha256 or None,
         tokenizer=base.tokenizer_sha256 or None,
         quantization=str(base.quantization) if base.quantization is not None else None,
-        limit=benchmarks.asking.limit,
+        limit=benchmarks.prompt_settings.limit,
         num_fewshot=data.file.num_fewshot if shots is None else shots,
-        chat=benchmarks.asking.chat,
+        chat=benchmarks.prompt_settings.chat,
         truncate=benchmarks.truncate,
-        batch_size=benchmarks.asking.batch_size,
+        batch_size=benchmarks.prompt_settings.batch_size,
         dtype=str(pair.model.dtype).removeprefix("torch."),
         device=pair.model.device.type,
         lm_eval=version("lm_eval"),
@@ -236,7 +236,7 @@ def _score_all(
         on_step(step, num_prompts)
 
     with _quiet():
-        model = BenchmarkModel(pair.model, pair.tokenizer, benchmarks.asking, count)
+        model = BenchmarkModel(pair.model, pair.tokenizer, benchmarks.prompt_settings, count)
         # Measure all prompts before answering the first.
         truncated = {}
         for name, data in tasks.items():

@@ -81,7 +81,7 @@ def benchmark(
     go_offline()
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from fedmomentum.benchmark.language_model import Asking
+    from fedmomentum.benchmark.language_model import PromptSettings
     from fedmomentum.benchmark.saving import ResultFile
     from fedmomentum.benchmark.scoring import Benchmarks, Subject, run_benchmarks
     from fedmomentum.cli.benchmark_tables import CAPTION, benchmark_notes, benchmark_tables
@@ -90,7 +90,12 @@ def benchmark(
 
     subject = Subject(model, _names(rounds), client, store)
     asked = Benchmarks(
-        _names(tasks), data, Asking(limit, chat, batch_size), num_fewshot, run_code, truncate
+        _names(tasks),
+        data,
+        PromptSettings(limit, chat, batch_size),
+        num_fewshot,
+        run_code,
+        truncate,
     )
     file = ResultFile.of(named, out)
     # Write each result as it arrives, so that an interruption loses at most one task.

@@ -22,7 +22,7 @@ from fedmomentum.cli.options import (
     RoundOption,
     StoreOption,
     check_output_directory,
-    print_whole,
+    print_full_width,
 )
 from fedmomentum.errors import ConfigError
 
@@ -208,7 +208,7 @@ def inspect(
         from fedmomentum.cli.inspection import summarize
 
         for table in summarize(directory):
-            print_whole(table)
+            print_full_width(table)
     finally:
         gc.enable()
 

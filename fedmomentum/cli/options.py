@@ -123,7 +123,7 @@ DeviceOption = Annotated[
 # ── checks ──
 
 
-def print_whole(table: Table) -> None:
+def print_full_width(table: Table) -> None:
     """Print a table with all of its columns, wider than the terminal if need be.
 
     Rich leaves out the columns that do not fit, and a pipe or file counts as 80 characters wide.
@@ -167,8 +167,8 @@ def check_output_directory(out: Path) -> None:
         )
 
 
-def say_if_nothing_to_resume(out: Path, resume: bool) -> None:
-    """Say that a run starts from the beginning, since a mistyped directory holds none."""
+def warn_if_nothing_to_resume(out: Path, resume: bool) -> None:
+    """Print a note that a new run starts if `--out` holds none, as a mistyped directory does."""
     if resume and not (out / "config.toml").is_file():
         ERR.print(f"{out} holds no run to resume; a new one starts there")
 

@@ -25,8 +25,8 @@ from fedmomentum.cli.options import (
     check_resume_round,
     check_target,
     require_flower,
-    say_if_nothing_to_resume,
     shell_command,
+    warn_if_nothing_to_resume,
 )
 from fedmomentum.cli.run_end import print_how_to_continue, print_result, write_partial_report
 from fedmomentum.errors import ConfigError, FedMomentumError
@@ -71,7 +71,7 @@ def run(
             view.show_plan(plan, clients, out)
         return
     check_output_directory(out)
-    say_if_nothing_to_resume(out, resume)
+    warn_if_nothing_to_resume(out, resume)
     with (
         local_page(address, out, settings) as watchers,
         quiet_libraries(),
@@ -113,7 +113,7 @@ def simulate(
     out = out if out is not None else Path("runs") / config.stem
     check_resume_round(server_round, resume)
     check_output_directory(out)
-    say_if_nothing_to_resume(out, resume)
+    warn_if_nothing_to_resume(out, resume)
     require_flower()
     from fedmomentum.cli.network_views import ServerView
     from fedmomentum.flower.simulation import simulate as run_simulation

@@ -67,7 +67,7 @@ class Cells:
 
 
 @dataclass(frozen=True)
-class Answered:
+class ParsedRow:
     """The contents of a row; see `Example`."""
 
     prompt: Prompt | None
@@ -76,7 +76,7 @@ class Answered:
     learned_turns: tuple[int, ...] | None = field(default=None)
 
 
-def parse_row(kind: str, cells: Cells) -> Answered:
+def parse_row(kind: str, cells: Cells) -> ParsedRow:
     """Return the prompt and the answer of a row.
 
     Args:
@@ -87,7 +87,7 @@ def parse_row(kind: str, cells: Cells) -> Answered:
         DataError: If the row is malformed; the message names the column.
     """
     if kind == "text":
-        return Answered(None, cells.text("text"))
+        return ParsedRow(None, cells.text("text"))
     if kind in ("messages", "conversations"):
         chat = _with_system(cells.chat(kind, may_be_text=True), cells)
         return _parse_turns(chat, cells.names[kind])
@@ -107,7 +107,7 @@ def _unpacked(cells: Cells) -> Cells:
     return replace(cells, values=values)
 
 
-def _parse_question(kind: str, cells: Cells) -> Answered:
+def _parse_question(kind: str, cells: Cells) -> ParsedRow:
     """Return a user message and its answer."""
     history = cells.get("history")
     if history and history not in EMPTY_TEXTS:
@@ -122,7 +122,7 @@ def _parse_question(kind: str, cells: Cells) -> Answered:
     question = "\n\n".join([cells.text(question_column), *_contexts(cells)])
     answer_column = next(column for column in answer_columns if column in cells.values)
     asked = _with_system(Chat([{"role": "user", "content": question}], [None]), cells)
-    return Answered(tuple(asked.messages), cells.text(answer_column))
+    return ParsedRow(tuple(asked.messages), cells.text(answer_column))
 
 
 def _contexts(cells: Cells) -> list[str]:
@@ -172,7 +172,7 @@ def _system_text(cells: Cells) -> str | None:
 # ── chats ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _parse_turns(chat: Chat, column: str) -> Answered:
+def _parse_turns(chat: Chat, column: str) -> ParsedRow:
     """Split a chat into the messages before its last answer, and that answer."""
     learned = chat.learned_turns()
     messages = chat.messages
@@ -186,10 +186,10 @@ def _parse_turns(chat: Chat, column: str) -> Answered:
         messages = messages[: learned[-1] + 1]
         learned = learned[:-1]
     answer = _assistant_text(messages[-1])
-    return Answered(_prompt_messages(messages[:-1]), answer, learned_turns=learned)
+    return ParsedRow(_prompt_messages(messages[:-1]), answer, learned_turns=learned)
 
 
-def _parse_completion(cells: Cells) -> Answered:
+def _parse_completion(cells: Cells) -> ParsedRow:
     """Return a prompt and its completion, each given as text or messages."""
     value = cells.get("prompt")
     learned: tuple[int, ...] | None = None
@@ -204,7 +204,7 @@ def _parse_completion(cells: Cells) -> Answered:
         has_turns = any(message["role"] == "assistant" for message in chat.messages)
         if learned is None and has_turns:
             learned = ()
-    return Answered(prompt, _parse_answer(cells, "completion"), learned_turns=learned)
+    return ParsedRow(prompt, _parse_answer(cells, "completion"), learned_turns=learned)
 
 
 def _plain_prompt(text: str, cells: Cells) -> str:
@@ -242,7 +242,7 @@ def _parse_answer(cells: Cells, column: str) -> str:
 # ── preferences ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _parse_pair(cells: Cells) -> Answered:
+def _parse_pair(cells: Cells) -> ParsedRow:
     """Return the prompt and both answers of a preference pair."""
     answers = [cells.get("chosen"), cells.get("rejected")]
     are_chats = all(isinstance(answer, list) and len(answer) > 1 for answer in answers)
@@ -261,10 +261,10 @@ def _parse_pair(cells: Cells) -> Answered:
     else:
         chat = _with_system(cells.chat("prompt"), cells)
         prompt = _prompt_messages(_unweighted(chat, cells.names["prompt"]))
-    return Answered(prompt, _parse_answer(cells, "chosen"), _parse_answer(cells, "rejected"))
+    return ParsedRow(prompt, _parse_answer(cells, "chosen"), _parse_answer(cells, "rejected"))
 
 
-def _parse_pair_of_chats(cells: Cells) -> Answered:
+def _parse_pair_of_chats(cells: Cells) -> ParsedRow:
     """Return the messages that two chats share, and their final answers."""
     chosen = _unweighted(cells.chat("chosen"), cells.names["chosen"])
     rejected = _unweighted(cells.chat("rejected"), cells.names["rejected"])
@@ -291,7 +291,7 @@ def _parse_pair_of_chats(cells: Cells) -> Answered:
     asked = context
     if context:
         asked = _with_system(Chat(context, [None] * len(context)), cells).messages
-    return Answered(
+    return ParsedRow(
         _prompt_messages(asked), _assistant_text(chosen[-1]), _assistant_text(rejected[-1])
     )
 

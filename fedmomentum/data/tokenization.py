@@ -11,7 +11,7 @@ from fedmomentum.data.continuation import continuation_ids
 from fedmomentum.data.encoding import encode_texts
 from fedmomentum.data.examples import TextPair
 from fedmomentum.data.tokenized import Span, TokenizedExamples
-from fedmomentum.data.truncation import TokenIds, UncutExamples, refuse_losses
+from fedmomentum.data.truncation import TokenIds, UntruncatedExamples, refuse_lost_answers
 from fedmomentum.data.turns import has_generation_marks, marked_turns, prefix_turns
 from fedmomentum.errors import DataError
 from fedmomentum.utils.text import printable
@@ -101,17 +101,19 @@ def tokenize_parts(
     Raises:
         DataError: See `tokenize`.
     """
-    uncut = []
+    untruncated = []
     for owner, examples in parts.items():
         rows = _token_ids(examples, tokenizer, owner, loss_on)
-        uncut.append(UncutExamples(examples, rows, _rejected_ids(examples, tokenizer, owner)))
-    refuse_losses(
-        uncut,
+        untruncated.append(
+            UntruncatedExamples(examples, rows, _rejected_ids(examples, tokenizer, owner))
+        )
+    refuse_lost_answers(
+        untruncated,
         max_length=max_length,
         max_truncated_fraction=max_truncated_fraction,
         owner=next(iter(parts)),
     )
-    return tuple(part.truncate(max_length) for part in uncut)
+    return tuple(part.truncate(max_length) for part in untruncated)
 
 
 def _title(owner: str, row: int, example: Example) -> str:
@@ -127,7 +129,9 @@ def _token_ids(
     if loss_on == "last":
         for row, example in enumerate(examples):
             if example.learned_turns:
-                raise DataError(f"{_title(owner, row, example)}: {_unlearned(example)}")
+                raise DataError(
+                    f"{_title(owner, row, example)}: {_unlearned_turns_message(example)}"
+                )
         return _last_answers(dict(enumerate(examples)), tokenizer, owner)
     # Plain text has one answer; a chat may have several.
     plain = {}
@@ -147,7 +151,7 @@ def _token_ids(
     return result
 
 
-def _unlearned(example: Example) -> str:
+def _unlearned_turns_message(example: Example) -> str:
     """Return the error message for a row that wants more turns learned than the settings do."""
     turns = ", ".join(str(position + 1) for position in example.learned_turns or ())
     return (

@@ -22,7 +22,7 @@ class TokenIds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class UncutExamples:
+class UntruncatedExamples:
     """Examples and their untruncated tokens; the fields are parallel.
 
     Attributes:
@@ -70,8 +70,12 @@ class UncutExamples:
         )
 
 
-def refuse_losses(
-    parts: Sequence[UncutExamples], *, max_length: int, max_truncated_fraction: float, owner: str
+def refuse_lost_answers(
+    parts: Sequence[UntruncatedExamples],
+    *,
+    max_length: int,
+    max_truncated_fraction: float,
+    owner: str,
 ) -> None:
     """Refuse examples of which too many would lose their entire answer.
 

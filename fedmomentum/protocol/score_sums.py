@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 Values = Mapping[str, NDArray[np.float64]]
 
 LOSS = "loss"
-UNTOLD = "untold losses"
+WITHHELD_LOSSES = "untold losses"
+"""The name of the block that counts the clients whose loss is not in the sum."""
 MAX_LOSS = 1e4
 """A training loss beyond this many nats is not reported: the training has diverged."""
 COUNTS = ("num_tokens", "num_examples", "num_exact")
@@ -45,7 +46,7 @@ GROUPS = ("total", "compared")
 
 def loss_blocks(num_parties: int) -> list[Block]:
     """Return the blocks of the clients' training losses, which are part of the first sum."""
-    return [*_real_blocks(LOSS, 1, num_parties), count_block(UNTOLD, 1, num_parties)]
+    return [*_real_blocks(LOSS, 1, num_parties), count_block(WITHHELD_LOSSES, 1, num_parties)]
 
 
 def loss_values(loss: float | None, num_examples: int, max_examples: int) -> Values:
@@ -57,9 +58,9 @@ def loss_values(loss: float | None, num_examples: int, max_examples: int) -> Val
         max_examples: The largest number of examples of a client.
     """
     if loss is None or not abs(loss) <= MAX_LOSS:
-        return {**_real_values(LOSS, [0.0]), UNTOLD: np.array([1.0])}
+        return {**_real_values(LOSS, [0.0]), WITHHELD_LOSSES: np.array([1.0])}
     weighted = loss * num_examples / max_examples
-    return {**_real_values(LOSS, [weighted]), UNTOLD: np.array([0.0])}
+    return {**_real_values(LOSS, [weighted]), WITHHELD_LOSSES: np.array([0.0])}
 
 
 def mean_loss(totals: Values, num_examples: int, max_examples: int) -> float | None:
@@ -73,7 +74,7 @@ def mean_loss(totals: Values, num_examples: int, max_examples: int) -> float | N
     Returns:
         The mean; None if a client's loss is withheld or beyond `MAX_LOSS`, and so not in the sum.
     """
-    if round(float(totals[UNTOLD][0])):
+    if round(float(totals[WITHHELD_LOSSES][0])):
         return None
     (total,) = _reals(LOSS, totals)
     return total * max_examples / num_examples

@@ -41,7 +41,7 @@ LIBRARIES = 400 * 2**20
 # The live factors, the fresh adapter, the global one and its bytes, a reply and its bytes.
 ADAPTER_COPIES = 6
 # Vectors per layer and token that a step keeps; a guess for models that cannot be simulated.
-VECTORS_A_LAYER = 34
+VECTORS_PER_LAYER = 34
 
 
 @dataclass(frozen=True)
@@ -325,6 +325,6 @@ def simulate_steps(
 def _guess_steps(text: Any, shape: StepShape) -> tuple[int, int]:
     """Estimate the bytes of a training step and an evaluation from the model's configuration."""
     width = getattr(text, "hidden_size", 1024) * getattr(text, "num_hidden_layers", 24)
-    kept = VECTORS_A_LAYER * shape.rows * shape.length * width * shape.dtype.itemsize
+    kept = VECTORS_PER_LAYER * shape.rows * shape.length * width * shape.dtype.itemsize
     logits = 4 * shape.rows * shape.positions * getattr(text, "vocab_size", 32000)
     return kept + 3 * logits, logits

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedmomentum.benchmark.language_model import Asking, BenchmarkModel
+from fedmomentum.benchmark.language_model import BenchmarkModel, PromptSettings
 from fedmomentum.benchmark.task_files import read_task
 from fedmomentum.benchmark.tasks import make_task
 from fedmomentum.errors import DataError, ModelError
@@ -23,7 +23,7 @@ def loaded(request, tmp_path_factory):
 
 
 def asked(loaded, **settings):
-    return BenchmarkModel(*loaded, Asking(**settings), lambda number: None)
+    return BenchmarkModel(*loaded, PromptSettings(**settings), lambda number: None)
 
 
 def log_likelihood(model, tokenizer, prompt, choice):

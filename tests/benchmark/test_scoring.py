@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedmomentum.benchmark.language_model import Asking, BenchmarkModel
+from fedmomentum.benchmark.language_model import BenchmarkModel, PromptSettings
 from fedmomentum.benchmark.saving import ResultFile
 from fedmomentum.benchmark.scoring import Benchmarks, Subject, run_benchmarks
 from fedmomentum.benchmark.task_files import read_task
@@ -57,7 +57,7 @@ def tasks(tmp_path):
 
 def log_likelihoods(task, model, tokenizer):
     """Every log-likelihood of the task, by our model."""
-    own = BenchmarkModel(model, tokenizer, Asking(), lambda number: None)
+    own = BenchmarkModel(model, tokenizer, PromptSettings(), lambda number: None)
     own.count_truncated(task)
     return torch.tensor([value for value, _ in own.loglikelihood(task.instances)])
 
@@ -116,7 +116,7 @@ def test_scores_are_those_of_the_models_one_by_one_and_need_no_network(run, task
     seen = []
     results = run_benchmarks(
         Subject(run, ("all",)),
-        Benchmarks(("gsm8k", "choices"), tasks, Asking(batch_size=4)),
+        Benchmarks(("gsm8k", "choices"), tasks, PromptSettings(batch_size=4)),
         on_result=lambda result: seen.append((result.task, len(result.models))),
     )
     assert [result.task for result in results] == ["gsm8k", "choices"]
@@ -131,7 +131,9 @@ def test_scores_are_those_of_the_models_one_by_one_and_need_no_network(run, task
     for server_round in (1, 3):
         pair = ModelPair(open_result(run, server_round=str(server_round)), LoadSettings())
         with pair.tuned():
-            model = BenchmarkModel(pair.model, pair.tokenizer, Asking(), lambda number: None)
+            model = BenchmarkModel(
+                pair.model, pair.tokenizer, PromptSettings(), lambda number: None
+            )
             own = model.score(make_task(read_task(tasks, "choices"))).scores
         assert results[1].federated[server_round].scores == own
     assert len({m.scores[1].correct for m in results[1].models}) > 1  # the rounds differ
@@ -166,8 +168,14 @@ def test_what_can_be_refused_is_refused_before_a_model_is_loaded(run, tasks, mon
         (Benchmarks((), tasks), "--tasks names no task"),
         (Benchmarks(("choices", "x"), tasks), "no task 'x'"),
         (Benchmarks(("humaneval",), tasks), "humaneval: answers are programs.*--run-code"),
-        (Benchmarks(("choices",), tasks, Asking(limit=0)), "--limit must be at least 1; got 0"),
-        (Benchmarks(("choices",), tasks, Asking(batch_size=0)), "--batch-size must be at least 1"),
+        (
+            Benchmarks(("choices",), tasks, PromptSettings(limit=0)),
+            "--limit must be at least 1; got 0",
+        ),
+        (
+            Benchmarks(("choices",), tasks, PromptSettings(batch_size=0)),
+            "--batch-size must be at least 1",
+        ),
         (Benchmarks(("choices",), tasks, num_fewshot=-1), "--num-fewshot must be from 0 to 1000"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -229,9 +237,9 @@ def test_results_are_kept_beside_those_of_equal_settings_only(run, tasks, tmp_pa
 
     def scored(rounds, name="choices", **settings):
         file = ResultFile.of(copy, None)
-        asking = Asking(**settings)
+        prompt_settings = PromptSettings(**settings)
         run_benchmarks(
-            Subject(copy, rounds), Benchmarks((name,), tasks, asking), on_result=file.add
+            Subject(copy, rounds), Benchmarks((name,), tasks, prompt_settings), on_result=file.add
         )
         shown = RunResults.load(copy).benchmarks
         return {task.task: [model.round for model in task.federated] for task in shown.tasks}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmomentum.cli.options import say_if_nothing_to_resume
+from fedmomentum.cli.options import warn_if_nothing_to_resume
 from fedmomentum.config.toml import to_toml
 from fedmomentum.errors import ModelError
 from fedmomentum.utils.process import Interruption
@@ -421,11 +421,11 @@ def test_where_sigint_is_ignored_it_stays_ignored(monkeypatch):
 
 def test_a_resume_of_nothing_is_said_so(tmp_path, capsys):
     """A mistyped --out trains from the beginning; service units rely on that."""
-    say_if_nothing_to_resume(tmp_path / "typo", resume=True)
+    warn_if_nothing_to_resume(tmp_path / "typo", resume=True)
     assert "typo holds no run to resume; a new one starts there" in " ".join(
         capsys.readouterr().err.split()
     )
     (tmp_path / "config.toml").write_text("")
-    say_if_nothing_to_resume(tmp_path, resume=True)
-    say_if_nothing_to_resume(tmp_path / "new", resume=False)
+    warn_if_nothing_to_resume(tmp_path, resume=True)
+    warn_if_nothing_to_resume(tmp_path / "new", resume=False)
     assert capsys.readouterr().err == ""
