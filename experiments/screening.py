@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from fedmomentum.data import TokenizedExamples
     from fedmomentum.lora.adapter import Adapter
-    from fedmomentum.server.screening import Move
+    from fedmomentum.server.screening import Displacement
 
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "screening.json"
@@ -96,7 +96,7 @@ def measure() -> dict[str, Any]:
     from fedmomentum.lora.peft_model import attach_adapter, copy_adapter, load_adapter
     from fedmomentum.server.client_deltas import distance
     from fedmomentum.server.screening import step_norms
-    from fedmomentum.training.step_rule import StepRule
+    from fedmomentum.training.step_bounds import StepSize
     from fedmomentum.training.trainer import train
     from tests.tiny import PAD_TOKEN_ID, tiny_llama
 
@@ -117,7 +117,9 @@ def measure() -> dict[str, Any]:
         for adapter_name, training_name in SETTINGS:
             rank, modules = ADAPTERS[adapter_name]
             learning_rate, arguments = TRAININGS[training_name]
-            rule = StepRule.of(from_dict({"training": {"arguments": arguments}}), learning_rate)
+            step_size = StepSize.of(
+                from_dict({"training": {"arguments": arguments}}), learning_rate
+            )
             model = attach_adapter(
                 AutoModelForCausalLM.from_pretrained(folder),
                 rank=rank,
@@ -140,7 +142,7 @@ def measure() -> dict[str, Any]:
                     common_rounds = replace(hyperparameters, local_steps=400)
                     train(model, mixed, common_rounds, pad_token_id=PAD_TOKEN_ID, seed=1)
                     start = copy_adapter(model, "start")
-                (step, _) = step_norms(start, rule, trains="BA", shares="BA").values()
+                (step, _) = step_norms(start, step_size, trained="BA", shared="BA").values()
                 moved: dict[int, list[Adapter]] = {}
                 for kind, count in [
                     *((k, 10_000) for k in DATA),
@@ -233,11 +235,11 @@ class Member:
     step: float
 
     @property
-    def move(self) -> Move:
+    def displacement(self) -> Displacement:
         """How far it went, as the screening takes it."""
-        from fedmomentum.server.screening import Move
+        from fedmomentum.server.screening import Displacement
 
-        return Move(self.norm, self.step, self.num_steps)
+        return Displacement(self.norm, self.step, self.num_steps)
 
 
 class Curves:
@@ -348,11 +350,11 @@ def left_out_now(clients: Sequence[Member], ratio: float = RATIO) -> set[int]:
     """Return who is left out by the rule of a run."""
     from fedmomentum.server.screening import screen
 
-    moves = {str(i): {"adapter": c.move} for i, c in enumerate(clients)}
+    displacements = {str(i): {"adapter": c.displacement} for i, c in enumerate(clients)}
     return {
         int(name)
-        for name, finding in screen(moves, ratio, is_step_known=True).items()
-        if finding.reason
+        for name, result in screen(displacements, ratio, is_step_known=True).items()
+        if result.reason
     }
 
 
@@ -485,9 +487,11 @@ def largest_ratio(drawn: Iterator[list[Member]]) -> float:
 
     largest = 0.0
     for clients in drawn:
-        moves = {str(i): {"adapter": client.move} for i, client in enumerate(clients)}
-        for finding in screen(moves, RATIO, is_step_known=True).values():
-            largest = max(largest, finding.ratio or 0.0)
+        displacements = {
+            str(i): {"adapter": client.displacement} for i, client in enumerate(clients)
+        }
+        for result in screen(displacements, RATIO, is_step_known=True).values():
+            largest = max(largest, result.ratio or 0.0)
     return largest
 
 

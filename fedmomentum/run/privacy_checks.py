@@ -10,7 +10,7 @@ from fedmomentum.errors import ConfigError
 from fedmomentum.secure_sum.messages import min_threshold
 from fedmomentum.server.change_bound import unknown_change
 from fedmomentum.server.selection import sample_size
-from fedmomentum.training.step_rule import clipping_norm, largest_change
+from fedmomentum.training.step_bounds import clipping_norm, max_element_change
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -112,7 +112,7 @@ def _check_change(config: Config) -> None:
         return
     # Whether a bound exists does not depend on round, steps or sizes.
     hyperparameters = config.training.hyperparameters(1, config.federation.num_rounds)
-    bound = largest_change(hyperparameters, 1, largest_number=1.0, largest_tensor=1)
+    bound = max_element_change(hyperparameters, 1, max_magnitude=1.0, largest_tensor=1)
     if config.training.function is not None or bound is None:
         raise ConfigError(unknown_change(config))
 

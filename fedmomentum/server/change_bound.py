@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from fedmomentum.errors import ConfigError
 from fedmomentum.protocol.secure_messages import MomentTerms
-from fedmomentum.server.screening import asked_steps
-from fedmomentum.training.step_rule import ROUNDING, carried_reach, largest_change
+from fedmomentum.server.screening import requested_steps
+from fedmomentum.training.step_bounds import ROUNDING, max_element_change, moments_displacement
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation.moments import Moments
@@ -43,7 +43,7 @@ def change_bound(
     # The steps of the largest client: with epochs, they depend on its number of examples.
     training = config.training
     hyperparameters = training.hyperparameters(server_round, config.federation.num_rounds)
-    num_steps = asked_steps(privacy.max_examples, hyperparameters)
+    num_steps = requested_steps(privacy.max_examples, hyperparameters)
     # All trained tensors, in the units in which they are trained.
     factors = [factor for matrix in start.modules.values() for factor in (matrix.B, matrix.A)]
     tensors = [*factors, *start.saved.values()]
@@ -53,13 +53,13 @@ def change_bound(
         steps_before = (server_round - 1) * num_steps
     bound = None
     if training.function is None:
-        bound = largest_change(
+        bound = max_element_change(
             hyperparameters,
             num_steps,
-            largest_number=max(float(tensor.abs().max()) for tensor in tensors),
+            max_magnitude=max(float(tensor.abs().max()) for tensor in tensors),
             largest_tensor=max(tensor.numel() for tensor in tensors),
             steps_before=steps_before,
-            carried=carried_reach(training.arguments, num_steps, moments),
+            carried=moments_displacement(training.arguments, num_steps, moments),
         )
     if bound is None:
         raise ConfigError(unknown_change(config))
@@ -76,7 +76,7 @@ def moment_terms(config: Config, server_round: int, second_total: float) -> Mome
     """
     training = config.training
     hyperparameters = training.hyperparameters(server_round, config.federation.num_rounds)
-    num_steps = asked_steps(config.privacy.max_examples, hyperparameters)
+    num_steps = requested_steps(config.privacy.max_examples, hyperparameters)
     rate_sum = ROUNDING * num_steps * hyperparameters.learning_rate
     return MomentTerms(second_total=second_total, learning_rate_sum=rate_sum)
 

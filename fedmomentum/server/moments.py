@@ -33,10 +33,10 @@ from fedmomentum.global_model.shared_moments import (
 from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.protocol.messages import OPTIMIZER, Reply, TrainResult, train_result
 from fedmomentum.server.round_parts import TrainedRound, UploadedMoments
-from fedmomentum.server.screening import asked_steps
+from fedmomentum.server.screening import requested_steps
 from fedmomentum.training.arguments import TrainingFields
-from fedmomentum.training.step_rule import ROUNDING as RATE_ROUNDING
-from fedmomentum.training.step_rule import clipping_norm
+from fedmomentum.training.step_bounds import ROUNDING as RATE_ROUNDING
+from fedmomentum.training.step_bounds import clipping_norm
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -151,7 +151,7 @@ class SharedOptimizer:
             PayloadError: If they are not those of the work that was asked for.
         """
         hyperparameters = self._training.hyperparameters(server_round, self._num_rounds)
-        num_asked = asked_steps(num_examples, hyperparameters)
+        num_asked = requested_steps(num_examples, hyperparameters)
         fewest = num_asked
         largest_sum = RATE_ROUNDING * result.num_steps * hyperparameters.learning_rate
         if self._training.function is not None:

@@ -31,7 +31,7 @@ from fedmomentum.errors import DataError
 from fedmomentum.formats.round_record import ScreeningRecord
 from fedmomentum.server.client_deltas import distance
 from fedmomentum.training.arguments import count_steps
-from fedmomentum.training.step_rule import StepRule
+from fedmomentum.training.step_bounds import StepSize
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from fedmomentum.lora.adapter import Adapter
 
 
-REACH = 2.0
+STEP_MARGIN = 2.0
 """An update within this many times its own number of steps is never left out. Measured with AdamW,
 from 1 to 1,250 steps: all steps together are at most 1.6 times as long as their number suggests."""
 
-MAX_WORK = 1000.0
+MAX_WORK_RATIO = 1000.0
 """A client's number of steps is capped at this many times the median of the others'. With
 `local-epochs` it follows from the number of examples, which the client itself reports."""
 
@@ -54,7 +54,7 @@ _ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
-class Move:
+class Displacement:
     """How far one client moved one part of the model.
 
     Attributes:
@@ -76,13 +76,13 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Finding:
+class ScreeningResult:
     """The screening's result for one client.
 
     Attributes:
-        ratio: How many times further it went than the others did for the same work; None if there
-            is no other client to compare with.
-        reason: Why it is left out; None if it is not.
+        ratio: How many times further it moved than the others would have with the same number of
+            steps; None if there is no other client to compare with.
+        reason: Why it is rejected; None if it is not.
     """
 
     ratio: float | None
@@ -90,7 +90,7 @@ class Finding:
 
 
 class Screening:
-    """Collects how far the clients of one round moved, and leaves out those that went too far.
+    """Measures how far the clients of one round moved, and rejects those that moved too far.
 
     Args:
         config: The run's settings.
@@ -106,10 +106,11 @@ class Screening:
         self._hyperparameters = config.training.hyperparameters(
             server_round, config.federation.num_rounds
         )
-        self._rule = StepRule.of(config, learning_rate)
-        self._trains, self._shares = method.trained_factors(server_round), method.shared_factors
+        self._step_size = StepSize.of(config, learning_rate)
+        self._trained = method.trained_factors(server_round)
+        self._shared = method.shared_factors
         self._starts: dict[str, tuple[Adapter, dict[str, float]]] = {}
-        self._moves: dict[str, dict[str, Move]] = {}
+        self._displacements: dict[str, dict[str, Displacement]] = {}
 
     def add(
         self,
@@ -132,45 +133,47 @@ class Screening:
         """
         # Clients with the same start share its step norms.
         if like not in self._starts:
-            trained, fixed = start()
-            steps = step_norms(trained, self._rule, trains=self._trains, shares=self._shares)
-            self._starts[like] = with_fixed_residual(trained, fixed), steps
+            adapter, fixed_residual = start()
+            steps = step_norms(adapter, self._step_size, trained=self._trained, shared=self._shared)
+            self._starts[like] = with_fixed_residual(adapter, fixed_residual), steps
         start_adapter, steps = self._starts[like]
-        num_steps = asked_steps(num_examples, self._hyperparameters)
-        self._moves[client] = moves_of(
-            update, start_adapter, steps, num_steps=num_steps, shares=self._shares
+        num_steps = requested_steps(num_examples, self._hyperparameters)
+        self._displacements[client] = displacements_of(
+            update, start_adapter, steps, num_steps=num_steps, shared=self._shared
         )
 
-    def leave_out(
+    def reject_outliers(
         self, updates: dict[str, Adapter], failures: dict[str, str]
     ) -> dict[str, ScreeningRecord]:
-        """Remove clients that went too far from `updates`, and note why in `failures`.
+        """Remove clients that moved too far from `updates`, and record why in `failures`.
 
         Returns:
             Each client's figures for the round's record.
         """
-        moves = dict(sorted(self._moves.items()))
-        findings = screen(moves, self._max_ratio, is_step_known=self._rule.is_known)
+        displacements = dict(sorted(self._displacements.items()))
+        results = screen(displacements, self._max_ratio, is_step_known=self._step_size.is_known)
         records = {}
-        for client, finding in findings.items():
+        for client, result in results.items():
             # The ratio is infinite if a client changed what it does not train; JSON cannot say so.
-            is_finite = finding.ratio is not None and math.isfinite(finding.ratio)
+            is_finite = result.ratio is not None and math.isfinite(result.ratio)
             records[client] = ScreeningRecord(
-                norm=math.sqrt(sum(move.norm**2 for move in moves[client].values())),
-                ratio=finding.ratio if is_finite else None,
-                is_left_out=finding.reason is not None,
+                norm=math.sqrt(
+                    sum(displacement.norm**2 for displacement in displacements[client].values())
+                ),
+                ratio=result.ratio if is_finite else None,
+                is_left_out=result.reason is not None,
             )
-            if finding.reason is not None:
+            if result.reason is not None:
                 del updates[client]
-                failures[client] = finding.reason
+                failures[client] = result.reason
         return records
 
 
 # ── how far a client moved ──
 
 
-def asked_steps(num_examples: int, hyperparameters: LocalTraining) -> int:
-    """Return how many steps a client with `num_examples` was asked to make, at least one.
+def requested_steps(num_examples: int, hyperparameters: LocalTraining) -> int:
+    """Return the number of optimizer steps that a client was asked to make, at least one.
 
     The number of steps that the client itself reports is not used.
     """
@@ -180,10 +183,10 @@ def asked_steps(num_examples: int, hyperparameters: LocalTraining) -> int:
         return 1
 
 
-def moves_of(
-    update: Adapter, start: Adapter, steps: Mapping[str, float], *, num_steps: int, shares: str
-) -> dict[str, Move]:
-    """Return how far an update is from where the client started, for each part that it trained.
+def displacements_of(
+    update: Adapter, start: Adapter, steps: Mapping[str, float], *, num_steps: int, shared: str
+) -> dict[str, Displacement]:
+    """Return how far each trained part of an update is from where the client started.
 
     Args:
         update: The client's update.
@@ -191,20 +194,20 @@ def moves_of(
             train.
         steps: The result of `step_norms` for this client.
         num_steps: How many steps the client was asked to make.
-        shares: The factors that all clients share. If B stays with each client, the server does not
+        shared: The factors that all clients share. If B stays with each client, the server does not
             know the product, and only A is compared.
     """
-    if shares == "BA":
+    if shared == "BA":
         norms = {_ADAPTER: distance(update, start)}
     else:
-        norms = {_ADAPTER: _factor_distance(update, start, shares)}
+        norms = {_ADAPTER: _factor_distance(update, start, shared)}
     if start.saved:
         squares = [
             float((update.saved[name].double() - tensor.double()).square().sum())
             for name, tensor in start.saved.items()
         ]
         norms[_SAVED] = math.sqrt(sum(squares))
-    return {part: Move(norm, steps[part], num_steps) for part, norm in norms.items()}
+    return {part: Displacement(norm, steps[part], num_steps) for part, norm in norms.items()}
 
 
 def _factor_distance(one: Adapter, other: Adapter, factor: str) -> float:
@@ -220,7 +223,9 @@ def _factor_distance(one: Adapter, other: Adapter, factor: str) -> float:
     return math.sqrt(squares)
 
 
-def step_norms(start: Adapter, rule: StepRule, *, trains: str, shares: str) -> dict[str, float]:
+def step_norms(
+    start: Adapter, step_size: StepSize, *, trained: str, shared: str
+) -> dict[str, float]:
     """Return the norm of one optimizer step from `start`, for each part of the model.
 
     `(B + b)(A + a) - B A = b A + B a + b a`. In a step of Adam, the elements of b and a are about
@@ -229,52 +234,54 @@ def step_norms(start: Adapter, rule: StepRule, *, trains: str, shares: str) -> d
 
     Args:
         start: What this client starts from: its own rank, scaling and modules.
-        rule: How long a step of the run's optimizer can be.
-        trains: The factors that are trained in this round.
-        shares: As in `moves_of`.
+        step_size: How long a step of the run's optimizer can be.
+        trained: The factors that are trained in this round.
+        shared: As in `displacements_of`.
     """
-    lr = rule.learning_rate
-    if rule.per_step is not None:
-        return _step_norms_of_sgd(start, lr * rule.per_step, trains, shares)
-    size = lr * (rule.per_number or 1.0)
+    lr = step_size.learning_rate
+    if step_size.max_norm is not None:
+        return _step_norms_of_sgd(start, lr * step_size.max_norm, trained, shared)
+    size = lr * (step_size.per_element or 1.0)
     square = 0.0
     for module, matrix in start.modules.items():
         (out_size, in_size), s = matrix.shape, start.scalings[module]
-        if shares != "BA":
+        if shared != "BA":
             square += size**2 * in_size * matrix.rank
             continue
         A, B = float(matrix.A.double().square().sum()), float(matrix.B.double().square().sum())
         # Squared norms of b A, B a and b a; signs are independent of A and B.
-        parts = (out_size * A if "B" in trains else 0.0) + (in_size * B if "A" in trains else 0.0)
-        if trains == "BA":
+        parts = (out_size * A if "B" in trained else 0.0) + (in_size * B if "A" in trained else 0.0)
+        if trained == "BA":
             parts += size**2 * out_size * in_size * matrix.rank
-        decayed = 2 * lr * rule.weight_decay
+        decayed = 2 * lr * step_size.weight_decay
         square += s**2 * (size**2 * parts + decayed**2 * A * B)
     saved = sum(tensor.numel() for tensor in start.saved.values())
     return {_ADAPTER: math.sqrt(square), _SAVED: size * math.sqrt(saved)}
 
 
-def _step_norms_of_sgd(start: Adapter, length: float, trains: str, shares: str) -> dict[str, float]:
+def _step_norms_of_sgd(
+    start: Adapter, length: float, trained: str, shared: str
+) -> dict[str, float]:
     """Return the longest effective step of a given Euclidean length, in the worst direction."""
-    longest = 1.0 if shares != "BA" else 0.0
-    if shares == "BA":
+    longest = 1.0 if shared != "BA" else 0.0
+    if shared == "BA":
         for module, matrix in start.modules.items():
             squares = [
                 float(torch.linalg.matrix_norm(factor.double(), 2)) ** 2
                 for factor, other in ((matrix.A, "B"), (matrix.B, "A"))
-                if other in trains
+                if other in trained
             ]
             longest = max(longest, start.scalings[module] * math.sqrt(sum(squares)))
     return {_ADAPTER: length * longest, _SAVED: length}
 
 
-# ── who went too far ──
+# ── which clients moved too far ──
 
 
 def screen(
-    clients: Mapping[str, Mapping[str, Move]], max_ratio: float, *, is_step_known: bool
-) -> dict[str, Finding]:
-    """Find the clients whose update is too large to be honest work.
+    clients: Mapping[str, Mapping[str, Displacement]], max_ratio: float, *, is_step_known: bool
+) -> dict[str, ScreeningResult]:
+    """Decide which clients' updates are too large to be the result of honest training.
 
     Args:
         clients: Client to how far it moved each part of the model.
@@ -283,27 +290,31 @@ def screen(
             the others serve as a bound, and with fewer than three clients nobody is left out.
 
     Returns:
-        A finding for each client, in the order given.
+        A result for each client, in the order given.
     """
-    findings = {}
+    results = {}
     for client, parts in clients.items():
         ratios, reasons = list[float](), list[str]()
-        for part, move in parts.items():
+        for part, displacement in parts.items():
             others = [other[part] for name, other in clients.items() if name != client]
-            typical = typical_move(move, others)
+            typical = typical_displacement(displacement, others)
             if typical is None or (not is_step_known and len(clients) < 3):
                 continue
-            ratio = move.in_steps / typical
+            ratio = displacement.in_steps / typical
             ratios.append(ratio)
-            reach = REACH * _work(move, others) if is_step_known else 0.0
-            if ratio > max_ratio and move.in_steps > reach:
-                reasons.append(_reason(client, part, move, typical, ratio, max_ratio))
+            own_bound = STEP_MARGIN * _work(displacement, others) if is_step_known else 0.0
+            if ratio > max_ratio and displacement.in_steps > own_bound:
+                reasons.append(_reason(client, part, displacement, typical, ratio, max_ratio))
         # One part beyond both bounds is enough.
-        findings[client] = Finding(max(ratios, default=None), reasons[0] if reasons else None)
-    return findings
+        results[client] = ScreeningResult(
+            max(ratios, default=None), reasons[0] if reasons else None
+        )
+    return results
 
 
-def typical_move(move: Move, others: Sequence[Move]) -> float | None:
+def typical_displacement(
+    displacement: Displacement, others: Sequence[Displacement]
+) -> float | None:
     """Return how far the others would have moved with this client's work, in steps.
 
     None if no other client moved.
@@ -312,22 +323,30 @@ def typical_move(move: Move, others: Sequence[Move]) -> float | None:
     another may go twice as far. One that did less may go as far as the other: on few examples,
     training keeps moving in one direction for longer. Clients that did not move are ignored.
     """
-    work = _work(move, others)
+    work = _work(displacement, others)
     distances = [
         other.in_steps * max(1.0, work / other.num_steps) for other in others if other.norm > 0
     ]
     return statistics.median(distances) if distances else None
 
 
-def _work(move: Move, others: Sequence[Move]) -> float:
+def _work(displacement: Displacement, others: Sequence[Displacement]) -> float:
     """Return a client's number of steps, capped at what is plausible."""
     if not others:
-        return move.num_steps
-    return min(move.num_steps, MAX_WORK * statistics.median(other.num_steps for other in others))
+        return displacement.num_steps
+    return min(
+        displacement.num_steps,
+        MAX_WORK_RATIO * statistics.median(other.num_steps for other in others),
+    )
 
 
 def _reason(
-    client: str, part: str, move: Move, typical: float, ratio: float, max_ratio: float
+    client: str,
+    part: str,
+    displacement: Displacement,
+    typical: float,
+    ratio: float,
+    max_ratio: float,
 ) -> str:
     what = (
         "its update"
@@ -335,8 +354,8 @@ def _reason(
         else f"its update of the modules trained in full ({_SAVED})"
     )
     return (
-        f"client {client}: {what} has norm {move.norm:.3g}, {move.in_steps:.3g} times one "
-        f"optimizer step though it was asked for {move.num_steps}, and {ratio:.0f} times the "
-        f"round's median for that work, {typical * move.step:.3g}; at most {max_ratio:g} times is "
-        "accepted (federation.outlier-norm-ratio)"
+        f"client {client}: {what} has norm {displacement.norm:.3g}, {displacement.in_steps:.3g} "
+        f"times one optimizer step though {displacement.num_steps} were requested, and "
+        f"{ratio:.0f} times the round's median for that work, {typical * displacement.step:.3g}; "
+        f"at most {max_ratio:g} times is accepted (federation.outlier-norm-ratio)"
     )

@@ -244,7 +244,7 @@ class Server:
             self.model, self.state, requests, server_round, collector.accept
         )
         updates = collector.updates
-        screened = screening.leave_out(updates, replies.failures) if screening else {}
+        screened = screening.reject_outliers(updates, replies.failures) if screening else {}
         for client, reason in replies.failures.items():
             LOG.warning("round %d: %s is left out: %s", server_round, client, reason)
         fraction = self._config.federation.min_valid_fraction

@@ -16,15 +16,15 @@ from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.config.toml import from_dict
 from fedmomentum.lora.peft_model import copy_adapter
 from fedmomentum.server.screening import (
-    MAX_WORK,
-    REACH,
-    Move,
-    moves_of,
+    MAX_WORK_RATIO,
+    STEP_MARGIN,
+    Displacement,
+    displacements_of,
     screen,
     step_norms,
-    typical_move,
+    typical_displacement,
 )
-from fedmomentum.training.step_rule import StepRule
+from fedmomentum.training.step_bounds import StepSize
 from tests.runs import altered, start, timeless, tiny_config
 from tests.server.test_server import with_faults
 from tests.tiny import tiny_llama
@@ -91,7 +91,7 @@ def test_a_scaled_update_is_left_out_whether_from_the_largest_client_or_a_small_
     assert row["accepted"] == sorted({"site0", "site1", "site2"} - {client})
     assert row["screening"][client]["is_left_out"] and row["screening"][client]["ratio"] > 20
     assert re.search(
-        rf"^client {client}: its update has norm \S+, \S+ times one optimizer step though it was asked for "
+        rf"^client {client}: its update has norm \S+, \S+ times one optimizer step though "
         rf"{45 if client == 'site2' else 1}, and \d+ times the round's median for that work, \S+; "
         r"at most 20 times is accepted \(federation.outlier-norm-ratio\)$",
         row["failures"][client],
@@ -205,11 +205,11 @@ def test_a_step_of_adam_has_the_length_that_is_computed(base, learning_rate, is_
     before = copy_adapter(model, "before")
     rule = rule_of(learning_rate, {})
     train(model, tokens_of(base), **DEFAULTS | {"local_steps": 1, "learning_rate": learning_rate})
-    steps = step_norms(before, rule, trains="BA", shares="BA")
-    move = moves_of(copy_adapter(model, "after"), before, steps, num_steps=1, shares="BA")[
+    steps = step_norms(before, rule, trained="BA", shared="BA")
+    moved = displacements_of(copy_adapter(model, "after"), before, steps, num_steps=1, shared="BA")[
         "adapter"
     ]
-    assert 0.7 < move.in_steps < 1.6
+    assert 0.7 < moved.in_steps < 1.6
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.01])
@@ -218,17 +218,17 @@ def test_a_step_of_gradient_descent_is_no_longer_than_the_clipped_gradient_allow
     before = copy_adapter(model, "before")
     arguments = {"optim": "sgd", "max_grad_norm": clip}
     rule = rule_of(0.1, arguments)
-    steps = step_norms(before, rule, trains="BA", shares="BA")
+    steps = step_norms(before, rule, trained="BA", shared="BA")
     train(
         model,
         tokens_of(base),
         **DEFAULTS | {"local_steps": 1, "learning_rate": 0.1},
         arguments=arguments,
     )
-    move = moves_of(copy_adapter(model, "after"), before, steps, num_steps=1, shares="BA")[
+    moved = displacements_of(copy_adapter(model, "after"), before, steps, num_steps=1, shared="BA")[
         "adapter"
     ]
-    assert 0.05 < move.in_steps < 1
+    assert 0.05 < moved.in_steps < 1
 
 
 def rule_of(learning_rate, arguments, function=None):
@@ -236,7 +236,7 @@ def rule_of(learning_rate, arguments, function=None):
     training = {"arguments": arguments}
     if function is not None:
         training["function"] = function
-    return StepRule.of(from_dict({"training": training}), learning_rate)
+    return StepSize.of(from_dict({"training": training}), learning_rate)
 
 
 def test_for_some_optimizers_no_step_length_is_known():
@@ -245,7 +245,7 @@ def test_for_some_optimizers_no_step_length_is_known():
     # Noise is added after clipping, so a step of gradient descent can be of any length.
     descent = {"training": {"arguments": {"optim": "sgd"}}}
     private = from_dict({"privacy": {"dp": {"epsilon": 1.0}}, **descent})
-    assert rule_of(1.0, {"optim": "sgd"}).is_known and not StepRule.of(private, 1.0).is_known
+    assert rule_of(1.0, {"optim": "sgd"}).is_known and not StepSize.of(private, 1.0).is_known
     assert not rule_of(1.0, {}, function="own:train").is_known
     assert all(rule_of(1.0, {"optim": o}).is_known for o in ("adafactor", "rmsprop", "sgd"))
 
@@ -256,7 +256,10 @@ def test_every_method_has_a_length_of_step_that_is_not_zero_once_it_moves(name, 
     rule = rule_of(1e-3, {})
     for server_round in (1, 2):
         steps = step_norms(
-            adapter, rule, trains=method.trained_factors(server_round), shares=method.shared_factors
+            adapter,
+            rule,
+            trained=method.trained_factors(server_round),
+            shared=method.shared_factors,
         )
         assert steps["adapter"] > 0
 
@@ -274,13 +277,15 @@ def left_out(clients, max_ratio=20.0, is_step_known=True):
 
 
 POSITIVE = st.floats(1e-6, 1e6)
-ANY_MOVE = st.builds(Move, st.one_of(st.just(0.0), POSITIVE), POSITIVE, st.integers(1, 10**12))
+ANY_MOVE = st.builds(
+    Displacement, st.one_of(st.just(0.0), POSITIVE), POSITIVE, st.integers(1, 10**12)
+)
 
 
 @given(
     st.integers(1, 10_000),
     POSITIVE,
-    st.floats(0, REACH),
+    st.floats(0, STEP_MARGIN),
     st.lists(ANY_MOVE, max_size=8),
     st.floats(1.01, 100),
 )
@@ -289,11 +294,11 @@ def test_a_client_within_reach_of_its_steps_is_never_left_out_whatever_others_do
 ):
     """As long as the median of the others' work is a thousandth of its own: beyond that its claim does not count."""
     believed = (
-        min(steps, MAX_WORK * sorted(o.num_steps for o in others)[len(others) // 2 - 1])
+        min(steps, MAX_WORK_RATIO * sorted(o.num_steps for o in others)[len(others) // 2 - 1])
         if others
         else steps
     )
-    honest = Move(share * step * min(steps, believed), step, steps)
+    honest = Displacement(share * step * min(steps, believed), step, steps)
     assert "site0" not in left_out(federation(honest, *others), ratio)
 
 
@@ -302,7 +307,7 @@ def test_units_and_order_do_not_matter(moves, factor, order):
     clients = federation(*moves)
     in_other_units = {
         name: {
-            "adapter": Move(
+            "adapter": Displacement(
                 m["adapter"].norm * factor, m["adapter"].step * factor, m["adapter"].num_steps
             )
         }
@@ -330,52 +335,65 @@ def test_a_minority_of_scaled_updates_is_left_out_and_no_other_client(
 ):
     bad = min(bad, (count - 1) // 2)
     moves = [
-        Move(share * steps * (factor if i < bad else 1), 1.0, steps)
+        Displacement(share * steps * (factor if i < bad else 1), 1.0, steps)
         for i, share in enumerate(shares[:count])
     ]
     assert left_out(federation(*moves)) == {f"site{i}" for i in range(bad)}
 
 
 def test_more_work_raises_the_limit_in_proportion_and_less_work_keeps_it():
-    one, ten = Move(1.0, 1.0, 1), Move(5.0, 1.0, 10)
-    assert typical_move(ten, [one]) == 10.0 and typical_move(one, [ten]) == 5.0
-    assert typical_move(one, [Move(0.0, 1.0, 5)]) is None and typical_move(one, []) is None
+    one, ten = Displacement(1.0, 1.0, 1), Displacement(5.0, 1.0, 10)
+    assert typical_displacement(ten, [one]) == 10.0 and typical_displacement(one, [ten]) == 5.0
     assert (
-        typical_move(one, [Move(4.0, 2.0, 1), Move(9.0, 3.0, 1)]) == 2.5
+        typical_displacement(one, [Displacement(0.0, 1.0, 5)]) is None
+        and typical_displacement(one, []) is None
+    )
+    assert (
+        typical_displacement(one, [Displacement(4.0, 2.0, 1), Displacement(9.0, 3.0, 1)]) == 2.5
     )  # in steps of the one that is judged
 
 
 def test_a_false_claim_of_many_examples_has_a_bounded_effect():
     """Norms are in steps; the others make ten."""
-    honest = [Move(8.0, 1.0, 10)] * 9
+    honest = [Displacement(8.0, 1.0, 10)] * 9
     for claim in (10**6, 10**15):
-        limit = 20 * 8.0 * MAX_WORK
-        assert left_out(federation(Move(limit * 1.01, 1.0, claim), *honest)) == {"site0"}
-        assert left_out(federation(Move(limit * 0.99, 1.0, claim), *honest)) == set()
-    assert left_out(federation(Move(20 * 8.0 * 1.01, 1.0, 10), *honest)) == {"site0"}
+        limit = 20 * 8.0 * MAX_WORK_RATIO
+        assert left_out(federation(Displacement(limit * 1.01, 1.0, claim), *honest)) == {"site0"}
+        assert left_out(federation(Displacement(limit * 0.99, 1.0, claim), *honest)) == set()
+    assert left_out(federation(Displacement(20 * 8.0 * 1.01, 1.0, 10), *honest)) == {"site0"}
 
 
 def test_without_a_known_step_length_only_three_clients_or_more_can_be_compared():
-    small, large = Move(1.0, 1.0, 1), Move(21.0, 1.0, 1)
+    small, large = Displacement(1.0, 1.0, 1), Displacement(21.0, 1.0, 1)
     assert left_out(federation(large, small), is_step_known=False) == set()
     assert left_out(federation(large, small, small), is_step_known=False) == {"site0"}
     assert left_out(federation(large, small, small), max_ratio=22.0, is_step_known=False) == set()
     assert (
-        left_out(federation(large, Move(0.0, 1.0, 1), Move(0.0, 1.0, 1)), is_step_known=False)
+        left_out(
+            federation(large, Displacement(0.0, 1.0, 1), Displacement(0.0, 1.0, 1)),
+            is_step_known=False,
+        )
         == set()
     )
 
 
 def test_a_single_client_and_no_client_are_handled():
     assert screen({}, 20.0, is_step_known=True) == {}
-    assert screen(federation(Move(1e30, 1.0, 1)), 20.0, is_step_known=True)["site0"].ratio is None
-    nothing = screen(federation(Move(0.0, 0.0, 1), Move(0.0, 0.0, 1)), 20.0, is_step_known=True)
+    assert (
+        screen(federation(Displacement(1e30, 1.0, 1)), 20.0, is_step_known=True)["site0"].ratio
+        is None
+    )
+    nothing = screen(
+        federation(Displacement(0.0, 0.0, 1), Displacement(0.0, 0.0, 1)), 20.0, is_step_known=True
+    )
     assert all(finding.reason is None for finding in nothing.values())
 
 
 def test_a_nonzero_norm_without_possible_steps_is_infinitely_far():
-    assert Move(1.0, 0.0, 1).in_steps == math.inf
-    clients = federation(Move(1.0, 0.0, 5), Move(1.0, 1.0, 5), Move(1.0, 1.0, 5))
+    assert Displacement(1.0, 0.0, 1).in_steps == math.inf
+    clients = federation(
+        Displacement(1.0, 0.0, 5), Displacement(1.0, 1.0, 5), Displacement(1.0, 1.0, 5)
+    )
     assert left_out(clients) == {"site0"}
 
 
@@ -397,7 +415,7 @@ def test_the_tables_of_the_docs_are_those_of_the_committed_measurements(monkeypa
     assert f"at most {facts['largest_ratio_equal']:.1f} times as far as the others" in text
     assert f"{facts['largest_ratio_unequal']:.1f} times as far for its work" in text
     assert f"from {facts['least_cosine']:.2f} to {facts['most_cosine']:.2f}, and" in text
-    assert facts["largest_reach"] < REACH and facts["largest_ratio_unequal"] < 5
+    assert facts["largest_reach"] < STEP_MARGIN and facts["largest_ratio_unequal"] < 5
 
 
 def test_a_real_federation_moves_as_the_curves_say(folder, tmp_path):

@@ -7,7 +7,11 @@ import torch
 
 from fedmomentum.aggregation.moments import Moments
 from fedmomentum.config.training import LocalTraining
-from fedmomentum.training.step_rule import adam_reach, carried_reach, largest_change
+from fedmomentum.training.step_bounds import (
+    adam_displacement,
+    max_element_change,
+    moments_displacement,
+)
 
 
 def training(learning_rate=0.1, **arguments):
@@ -78,8 +82,8 @@ def moved(hyperparameters, gradients, start=0.7, *, keep_last=None):
 )
 def test_no_gradients_move_a_value_beyond_the_bound(num_steps, arguments):
     hyperparameters = training(**arguments)
-    bound = largest_change(
-        hyperparameters, num_steps, largest_number=0.7, largest_tensor=1, steps_before=0
+    bound = max_element_change(
+        hyperparameters, num_steps, max_magnitude=0.7, largest_tensor=1, steps_before=0
     )
     reached = []
     for gradients in schedules(num_steps):
@@ -91,27 +95,27 @@ def test_no_gradients_move_a_value_beyond_the_bound(num_steps, arguments):
 
 def test_moments_of_earlier_rounds_move_a_value_further():
     hyperparameters = training()
-    bound = largest_change(
-        hyperparameters, 5, largest_number=10.0, largest_tensor=1, steps_before=1000
+    bound = max_element_change(
+        hyperparameters, 5, max_magnitude=10.0, largest_tensor=1, steps_before=1000
     )
-    fresh = largest_change(hyperparameters, 5, largest_number=10.0, largest_tensor=1)
+    fresh = max_element_change(hyperparameters, 5, max_magnitude=10.0, largest_tensor=1)
     growing = [(0.999 / 0.9) ** max(0, step - 965) for step in range(1005)]
     reached = moved(hyperparameters, growing, keep_last=5)
     assert 3 * fresh < reached <= bound
 
 
 def test_adafactor_can_put_its_entire_step_into_one_value():
-    one = largest_change(training(optim="adafactor"), 3, largest_number=1.0, largest_tensor=100)
+    one = max_element_change(training(optim="adafactor"), 3, max_magnitude=1.0, largest_tensor=100)
     assert one == pytest.approx(1.01 * 0.1 * 3 * 10)
 
 
 def test_the_reach_of_many_steps_is_that_of_adding_them_up():
     """The shortcut for steps in which nothing changes any more gives what the loop gives."""
     for before in (0, 500):
-        few = [adam_reach(0.5, 0.9, n, before) for n in (400, 500, 600)]
+        few = [adam_displacement(0.5, 0.9, n, before) for n in (400, 500, 600)]
         assert few[2] - few[1] == pytest.approx(few[1] - few[0], rel=1e-12)
-    assert adam_reach(0.9, 0.999, 1) == 1.0
-    assert adam_reach(0.9, 0.999, 1, 10**6) == pytest.approx(7.27, abs=0.01)
+    assert adam_displacement(0.9, 0.999, 1) == 1.0
+    assert adam_displacement(0.9, 0.999, 1, 10**6) == pytest.approx(7.27, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +132,8 @@ def test_the_reach_of_many_steps_is_that_of_adding_them_up():
     ],
 )
 def test_of_some_optimizers_no_bound_is_known(arguments):
-    assert largest_change(training(**arguments), 5, largest_number=1, largest_tensor=1) is None
-    assert math.isinf(adam_reach(0.9, 0.0, 5))
+    assert max_element_change(training(**arguments), 5, max_magnitude=1, largest_tensor=1) is None
+    assert math.isinf(adam_displacement(0.9, 0.0, 5))
 
 
 @pytest.mark.parametrize("step", [1, 20, 3000])
@@ -144,11 +148,11 @@ def test_no_initial_moments_move_a_value_beyond_the_bound(step, betas):
     hyperparameters = training(adam_beta1=betas[0], adam_beta2=betas[1], weight_decay=0.1)
     arguments = hyperparameters.arguments
     for num_steps in (1, 7, 30):
-        carried = carried_reach(arguments, num_steps, [given])
-        bound = largest_change(
+        carried = moments_displacement(arguments, num_steps, [given])
+        bound = max_element_change(
             hyperparameters,
             num_steps,
-            largest_number=0.7,
+            max_magnitude=0.7,
             largest_tensor=12,
             steps_before=step,
             carried=carried,
@@ -179,5 +183,5 @@ def test_no_initial_moments_move_a_value_beyond_the_bound(step, betas):
 def test_a_momentum_buffer_of_sgd_counts_once_and_decays():
     given = Moments(torch.tensor([[0.5, -2.0]]), None, 3)
     arguments = {"optim": "sgd", "optim_args": "momentum=0.5"}
-    assert carried_reach(arguments, 3, [given]) == pytest.approx(2.0 * (0.5 + 0.25 + 0.125))
-    assert carried_reach(arguments, 3, []) == 0.0
+    assert moments_displacement(arguments, 3, [given]) == pytest.approx(2.0 * (0.5 + 0.25 + 0.125))
+    assert moments_displacement(arguments, 3, []) == 0.0

@@ -1,8 +1,8 @@
-"""How far an optimizer's steps can go, whatever the gradient.
+"""Bounds on how far an optimizer moves parameters, whatever the gradient.
 
-This answers two questions. How long is a step, roughly, when many parameters move at once? The
-server's screening uses this to compare clients. And how far can a single element move in a round,
-at most? This is the public bound for secure sums.
+This module answers two questions. How long is a step, roughly, when many parameters move at once?
+The server's screening uses this to compare clients. And how far can a single element move in a
+round, at most? This is the public bound for secure sums.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ NEGLIGIBLE = 1e-16
 
 
 @dataclass(frozen=True)
-class StepRule:
+class StepSize:
     """How long a step of the run's optimizer can be.
 
     Attributes:
         learning_rate: The learning rate of the round.
-        per_number: How far one element typically moves in a step, in units of the learning rate;
-            None if unknown. Of Adam's steps, `adam_reach` is the bound.
-        per_step: The most that all elements together change in a step (Euclidean norm), in units
+        per_element: How far one element typically moves in a step, in units of the learning rate;
+            None if unknown. Of Adam's steps, `adam_displacement` is the bound.
+        max_norm: The most that all elements together change in a step (Euclidean norm), in units
             of the learning rate; None if unknown.
         weight_decay: Weight decay, in units of the learning rate.
     """
 
     learning_rate: float
-    per_number: float | None
-    per_step: float | None = None
+    per_element: float | None
+    max_norm: float | None = None
     weight_decay: float = 0.0
 
     @property
     def is_known(self) -> bool:
         """Whether anything is known about how far a step goes."""
-        return self.per_number is not None or self.per_step is not None
+        return self.per_element is not None or self.max_norm is not None
 
     @classmethod
-    def of(cls, config: Config, learning_rate: float) -> StepRule:
-        """Return the rule for a run's training.
+    def of(cls, config: Config, learning_rate: float) -> StepSize:
+        """Return the step size of the optimizer of a run.
 
         A step of Adam moves each element by about one learning rate, whatever the gradient. Plain
         gradient descent is bounded by the norm to which the gradient is clipped. Nothing is known
@@ -101,7 +101,7 @@ def clipping_norm(config: Config) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Reach:
+class _Displacement:
     """How far an element can move over all steps of a round.
 
     Attributes:
@@ -113,11 +113,11 @@ class _Reach:
     decay: float
 
 
-def largest_change(
+def max_element_change(
     training: LocalTraining,
     num_steps: int,
     *,
-    largest_number: float,
+    max_magnitude: float,
     largest_tensor: int,
     steps_before: int = 0,
     carried: float = 0.0,
@@ -130,26 +130,26 @@ def largest_change(
     Args:
         training: The round's hyperparameters.
         num_steps: The maximum number of steps per client.
-        largest_number: The largest magnitude of an element before the round.
+        max_magnitude: The largest magnitude of an element before the round.
         largest_tensor: The number of elements of the largest trained tensor.
         steps_before: The number of earlier steps that the optimizer's moments may cover.
         carried: How far the initial moments alone can move an element, in units of the learning
-            rate (`carried_reach`).
+            rate (`moments_displacement`).
 
     Returns:
         The bound; None if nothing is known about the optimizer.
     """
-    reach = _reach(training.arguments, num_steps, steps_before, largest_tensor)
-    if reach is None or not math.isfinite(reach.gradients):
+    displacement = _displacement(training.arguments, num_steps, steps_before, largest_tensor)
+    if displacement is None or not math.isfinite(displacement.gradients):
         return None
     # In every step, decay pulls an element, of at most this magnitude, toward zero.
-    moved = training.learning_rate * (reach.gradients + carried)
+    moved = training.learning_rate * (displacement.gradients + carried)
     weight_decay = float(training.arguments.get("weight_decay", 0.0))
-    decayed = training.learning_rate * weight_decay * reach.decay * (largest_number + moved)
+    decayed = training.learning_rate * weight_decay * displacement.decay * (max_magnitude + moved)
     return ROUNDING * (moved + decayed)
 
 
-def carried_reach(
+def moments_displacement(
     arguments: Mapping[str, Any], num_steps: int, moments: Iterable[Moments]
 ) -> float:
     """Return how far moments alone can move an element in a round, in units of the learning rate.
@@ -171,11 +171,11 @@ def carried_reach(
     largest = 0.0
     for moment in moments:
         first = moment.first.double().abs()
-        reach = 0.0
+        displacement = 0.0
         if moment.second is None:
             momentum = float(options.get("momentum", "0"))
             for step in range(1, num_steps + 1):
-                reach += momentum**step * float(first.max())
+                displacement += momentum**step * float(first.max())
         else:
             # Epsilon's effect grows with the number of steps; use the smallest, to stay a bound.
             root = moment.second.double().sqrt() + epsilon * math.sqrt(
@@ -185,14 +185,14 @@ def carried_reach(
             for step in range(1, num_steps + 1):
                 old = moment.step + step
                 decay = (beta1 / math.sqrt(beta2)) ** step
-                reach += decay * ratio * math.sqrt(1 - beta2**old) / (1 - beta1**old)
-        largest = max(largest, reach)
+                displacement += decay * ratio * math.sqrt(1 - beta2**old) / (1 - beta1**old)
+        largest = max(largest, displacement)
     return largest
 
 
-def _reach(
+def _displacement(
     arguments: Mapping[str, Any], num_steps: int, steps_before: int, largest_tensor: int
-) -> _Reach | None:
+) -> _Displacement | None:
     """Return how far an element can move; None if unknown."""
     # Each optimizer needs its own argument; nothing is claimed about those not listed.
     name = str(arguments.get("optim", DEFAULT_OPTIMIZER))
@@ -200,26 +200,26 @@ def _reach(
     if name in ADAMW:
         beta1 = float(arguments.get("adam_beta1", BETAS[0]))
         beta2 = float(arguments.get("adam_beta2", BETAS[1]))
-        return _Reach(adam_reach(beta1, beta2, num_steps, steps_before), num_steps)
+        return _Displacement(adam_displacement(beta1, beta2, num_steps, steps_before), num_steps)
     if name == "sgd":
-        return _reach_of_sgd(arguments, options, num_steps, steps_before)
+        return _sgd_displacement(arguments, options, num_steps, steps_before)
     # For the other optimizers, any option would change the bound.
     if options:
         return None
     # These two add decay to the gradient, whose magnitude does not matter.
     if name == "adagrad":
-        return _Reach(num_steps, 0)
+        return _Displacement(num_steps, 0)
     if name == "rmsprop":
-        return _Reach(num_steps / math.sqrt(1 - RMSPROP_ALPHA), 0)
+        return _Displacement(num_steps / math.sqrt(1 - RMSPROP_ALPHA), 0)
     if name == "adafactor":
         # A step is clipped to a root mean square of 1, but may be concentrated in one element.
-        return _Reach(num_steps * math.sqrt(largest_tensor), num_steps)
+        return _Displacement(num_steps * math.sqrt(largest_tensor), num_steps)
     return None
 
 
-def _reach_of_sgd(
+def _sgd_displacement(
     arguments: Mapping[str, Any], options: Mapping[str, str], num_steps: int, steps_before: int
-) -> _Reach | None:
+) -> _Displacement | None:
     """Return how far SGD can move an element, if the gradient's norm is clipped."""
     clip = float(arguments.get("max_grad_norm", MAX_GRAD_NORM))
     if clip <= 0 or not options.keys() <= {"momentum", "nesterov"}:
@@ -236,10 +236,10 @@ def _reach_of_sgd(
     # after clipping.
     missing = momentum ** (steps_before + 1) * (1 - momentum**num_steps) / (1 - momentum)
     steps = (num_steps - missing) / (1 - momentum)
-    return _Reach(steps * clip, steps)
+    return _Displacement(steps * clip, steps)
 
 
-def adam_reach(beta1: float, beta2: float, num_steps: int, steps_before: int = 0) -> float:
+def adam_displacement(beta1: float, beta2: float, num_steps: int, steps_before: int = 0) -> float:
     """Return how far Adam can move an element over all steps, in units of the learning rate.
 
     Step t moves an element by `m / (1 - beta1^t)` over `sqrt(v / (1 - beta2^t))`, where m and v are
@@ -265,7 +265,7 @@ def adam_reach(beta1: float, beta2: float, num_steps: int, steps_before: int = 0
     power_of_ratio = 1.0
     series = 0.0
     largest = 0.0
-    reach = 0.0
+    displacement = 0.0
     for step in range(1, steps_before + num_steps + 1):
         power1 *= beta1
         power2 *= beta2
@@ -275,9 +275,9 @@ def adam_reach(beta1: float, beta2: float, num_steps: int, steps_before: int = 0
         # Use the largest so far, because m and v may cover fewer steps than the maximum.
         largest = max(largest, math.sqrt(square) / (1 - power1))
         if step > steps_before:
-            reach += largest
+            displacement += largest
         if max(power1, power2, power_of_ratio) < NEGLIGIBLE:
             # The bound no longer changes in the remaining steps.
             left = steps_before + num_steps - step
-            return reach + largest * min(left, num_steps)
-    return reach
+            return displacement + largest * min(left, num_steps)
+    return displacement
