@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmomentum import Adapter, LowRank
-from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientMoves
-from fedmomentum.aggregation.product_from_sums import MeanMoves
-from fedmomentum.global_model.mean_moves import means_object
+from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientChanges
+from fedmomentum.aggregation.product_from_sums import MeanChanges
+from fedmomentum.global_model.mean_changes import means_object
 from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.secure_sum.fixed_point import largest_integer
 from fedmomentum.secure_sum.journal import PartyJournal
@@ -143,15 +143,15 @@ def measure(num_parties: int, num_leaving: int) -> dict[str, Any]:
     )
     costs = Costs()
 
-    def moves(party: str) -> ClientMoves:
-        return sums.moves(trained(start, names.index(party)), NUM_EXAMPLES, {})
+    def changes(party: str) -> ClientChanges:
+        return sums.changes(trained(start, names.index(party)), NUM_EXAMPLES, {})
 
     def first_values(party: str) -> Callable[[], Mapping[str, NDArray[np.float64]]]:
-        own = moves(party)
+        own = changes(party)
         return lambda: arrays(sums.first_values(own))
 
     def second_values(party: str) -> Callable[[], Mapping[str, NDArray[np.float64]]]:
-        own = moves(party)
+        own = changes(party)
         return lambda: arrays(sums.second_values(own, means))
 
     def plan(number: int, parties: list[str], blocks: list[Block]) -> SumPlan:
@@ -177,7 +177,7 @@ def measure(num_parties: int, num_leaving: int) -> dict[str, Any]:
             costs,
             folder,
         )
-        means: MeanMoves = costs.of_server(lambda: sums.mean_moves(tensors(first)))
+        means: MeanChanges = costs.of_server(lambda: sums.mean_changes(tensors(first)))
         # The means go to everybody who is left, with the first message of the second sum.
         stayed = [name for name in names if name not in leaving]
         sent = len(means_object(means).data)
@@ -208,7 +208,7 @@ def measure(num_parties: int, num_leaving: int) -> dict[str, Any]:
     }
 
 
-def mean_error(start: Adapter, names: list[str], means: MeanMoves) -> float:
+def mean_error(start: Adapter, names: list[str], means: MeanChanges) -> float:
     """Return how far an element of the mean factors is from the exact mean, of `MAX_CHANGE`."""
     totals = {name: torch.zeros(m.B.shape, dtype=CORE_DTYPE) for name, m in start.modules.items()}
     for party in names:

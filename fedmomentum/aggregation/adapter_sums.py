@@ -7,8 +7,8 @@ both limits is within all bounds.
 ::
 
     layout.first_blocks()                              server   plan of sum 1
-    layout.first_values(moves, ...)                    client   its values
-    layout.mean_moves(totals)                          server   sent to the clients of sum 1
+    layout.first_values(changes, ...)                  client   its values
+    layout.mean_changes(totals)                        server   sent to the clients of sum 1
     layout.second_blocks(), layout.second_values(...)           the same for sum 2
     layout.stand_ins(means, totals)                    server   adapters for `aggregate_updates`
 
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from fedmomentum.aggregation.product_from_sums import (
-    ClientMove,
+    ClientChange,
     FirstTerms,
-    MeanMove,
-    MeanMoves,
+    MeanChange,
+    MeanChanges,
     combine_sums,
     first_terms,
-    mean_move,
+    mean_change,
     second_terms,
     sketch_matrix,
     stand_ins,
@@ -56,17 +56,17 @@ Q_MARGIN = 1.001
 
 
 @dataclass(frozen=True, eq=False)
-class ClientMoves:
-    """What one client did in a round, over all modules.
+class ClientChanges:
+    """How one client changed its adapter in a round.
 
     Attributes:
         num_examples: Its number of examples.
-        modules: Module to its move; the feedback is in units of the adapter's scaling.
+        modules: Module to its factors' change, with feedback in units of the adapter's scaling.
         saved: Name of each fully trained tensor to its change.
     """
 
     num_examples: int
-    modules: Mapping[str, ClientMove]
+    modules: Mapping[str, ClientChange]
     saved: Mapping[str, Tensor]
 
 
@@ -119,10 +119,10 @@ class AdapterSums:
 
     # ── client ──
 
-    def moves(
+    def changes(
         self, trained: Adapter, num_examples: int, feedback: Mapping[str, Matrix]
-    ) -> ClientMoves:
-        """Return a client's moves from the round's start.
+    ) -> ClientChanges:
+        """Return how a client changed the adapter that the round started with.
 
         Args:
             trained: The adapter that it trained.
@@ -143,7 +143,7 @@ class AdapterSums:
         modules = {}
         for module, begun in self.start.modules.items():
             try:
-                modules[module] = ClientMove.of(
+                modules[module] = ClientChange.of(
                     begun, trained.modules[module], num_examples, feedback.get(module)
                 )
             except (KeyError, ValueError) as error:
@@ -151,32 +151,32 @@ class AdapterSums:
         saved = {}
         for name, tensor in self.start.saved.items():
             saved[name] = trained.saved[name].to(CORE_DTYPE) - tensor.to(CORE_DTYPE)
-        return ClientMoves(num_examples, modules, saved)
+        return ClientChanges(num_examples, modules, saved)
 
-    def first_values(self, moves: ClientMoves) -> Values:
+    def first_values(self, changes: ClientChanges) -> Values:
         """Return a client's values in the first sum, by block."""
-        values = {EXAMPLES: torch.tensor([moves.num_examples], dtype=CORE_DTYPE)}
-        for module, move in moves.modules.items():
+        values = {EXAMPLES: torch.tensor([changes.num_examples], dtype=CORE_DTYPE)}
+        for module, change in changes.modules.items():
             omega = self._omega(module)
             limit = self._sketch_bound(module) / 2
-            terms = first_terms(move, omega, self.expected_examples, limit)
+            terms = first_terms(change, omega, self.expected_examples, limit)
             if "B" in self.factors:
                 values[f"B {module}"] = _flat(terms.b)
             if "A" in self.factors:
                 values[f"A {module}"] = _flat(terms.a)
             if self.has_second_sum:
                 values[f"sketch {module}"] = _flat(terms.sketch)
-        for name, change in moves.saved.items():
-            values[f"saved {name}"] = _flat(moves.num_examples * change)
+        for name, difference in changes.saved.items():
+            values[f"saved {name}"] = _flat(changes.num_examples * difference)
         return values
 
-    def second_values(self, moves: ClientMoves, means: MeanMoves) -> Values:
+    def second_values(self, changes: ClientChanges, means: MeanChanges) -> Values:
         """Return a client's values in the second sum, by block."""
         values = {}
         # In units of examples, as in the first sum.
-        for module, move in moves.modules.items():
+        for module, change in changes.modules.items():
             limit = self.feedback_limit(module)
-            values[f"cross {module}"] = _flat(second_terms(move, means.modules[module], limit))
+            values[f"cross {module}"] = _flat(second_terms(change, means.modules[module], limit))
         return values
 
     def feedback_limit(self, module: str) -> float:
@@ -234,7 +234,7 @@ class AdapterSums:
             blocks.append(Block(name=f"cross {module}", size=size, bound=bound))
         return blocks
 
-    def mean_moves(self, totals: Values, dtype: torch.dtype = torch.float32) -> MeanMoves:
+    def mean_changes(self, totals: Values, dtype: torch.dtype = torch.float32) -> MeanChanges:
         """Return the outcome of the first sum.
 
         Args:
@@ -258,18 +258,18 @@ class AdapterSums:
                 _shaped(totals, f"A {module}", zero_A),
                 _shaped(totals, f"sketch {module}", zero_sketch),
             )
-            mean = mean_move(total, self._omega(module))
-            modules[module] = MeanMove(
+            mean = mean_change(total, self._omega(module))
+            modules[module] = MeanChange(
                 num_examples, rounded(mean.b), rounded(mean.a), rounded(mean.Q)
             )
         saved = {}
         for name, tensor in self.start.saved.items():
             total_change = _shaped(totals, f"saved {name}", tensor.to(CORE_DTYPE))
             saved[name] = rounded(total_change / num_examples)
-        return MeanMoves(num_examples, modules, saved)
+        return MeanChanges(num_examples, modules, saved)
 
     def stand_ins(
-        self, means: MeanMoves, totals: Values | None
+        self, means: MeanChanges, totals: Values | None
     ) -> tuple[list[Adapter], list[float]]:
         """Return stand-ins for the clients' adapters and weights, to pass to `aggregate_updates`.
 

@@ -25,7 +25,7 @@ from fedmomentum.secure_sum.fixed_point import count_block
 from fedmomentum.secure_sum.messages import Block
 
 if TYPE_CHECKING:
-    from fedmomentum.aggregation.product_from_sums import MeanMoves
+    from fedmomentum.aggregation.product_from_sums import MeanChanges
     from fedmomentum.config.training import LocalTraining
     from fedmomentum.lora.adapter import Adapter
 
@@ -140,8 +140,8 @@ class MomentSums:
         """Return the blocks of the sum."""
         blocks = []
         for name, (size, _) in self._numbers().items():
-            blocks.append(count_block(_whole(name), size, self.num_parties))
-            blocks.append(Block(name=_rest(name), size=size, bound=0.5))
+            blocks.append(count_block(_coarse_block(name), size, self.num_parties))
+            blocks.append(Block(name=_fine_block(name), size=size, bound=0.5))
         return blocks
 
     def values(self, num_examples: int, moments: ClientMoments) -> Values:
@@ -173,8 +173,8 @@ class MomentSums:
             if not float(scaled.abs().max()) <= 1:
                 raise DataError(f"{name} of this client's optimizer are beyond {limit:.6g}")
             coarse = scaled * share * COARSE_STEPS
-            values[_whole(name)] = coarse.round()
-            values[_rest(name)] = coarse - coarse.round()
+            values[_coarse_block(name)] = coarse.round()
+            values[_fine_block(name)] = coarse - coarse.round()
         return values
 
     def means(
@@ -189,7 +189,7 @@ class MomentSums:
         """
         means = {}
         for name, (_, limit) in self._numbers().items():
-            coarse = totals[_whole(name)].round() + totals[_rest(name)]
+            coarse = totals[_coarse_block(name)].round() + totals[_fine_block(name)]
             means[name] = coarse * (limit * self.max_examples / COARSE_STEPS / num_examples)
         movements = {}
         for key in self.shapes:
@@ -226,18 +226,18 @@ def factor_shapes(adapter: Adapter, kinds: str) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def mean_changes(means: MeanMoves) -> dict[str, Tensor]:
+def changes_by_factor(means: MeanChanges) -> dict[str, Tensor]:
     """Return `<module>.<factor>` to the factor's mean movement."""
     changes = {}
-    for module, move in means.modules.items():
-        changes[f"{module}.B"] = move.b
-        changes[f"{module}.A"] = move.a
+    for module, change in means.modules.items():
+        changes[f"{module}.B"] = change.b
+        changes[f"{module}.A"] = change.a
     return changes
 
 
-def _whole(name: str) -> str:
+def _coarse_block(name: str) -> str:
     return f"{name}, coarse steps"
 
 
-def _rest(name: str) -> str:
+def _fine_block(name: str) -> str:
     return f"{name}, rest"

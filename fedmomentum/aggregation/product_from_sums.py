@@ -45,8 +45,8 @@ from fedmomentum.linalg.weighted_sum import exact_sum
 
 
 @dataclass(frozen=True, eq=False)
-class ClientMove:
-    """What one client did in one round, in float64.
+class ClientChange:
+    """How one client changed one module's factors in one round, in float64.
 
     Attributes:
         num_examples: Its weight `N_i`.
@@ -63,14 +63,14 @@ class ClientMove:
     @classmethod
     def of(
         cls, start: LowRank, trained: LowRank, num_examples: int, feedback: Matrix | None = None
-    ) -> ClientMove:
-        """Return a client's move from the factors it was sent to the ones it trained.
+    ) -> ClientChange:
+        """Return the difference between the factors that a client trained and those it was sent.
 
         Raises:
             ValueError: If the factors differ in shape.
         """
         if start.shape != trained.shape or start.rank != trained.rank:
-            raise ValueError(f"moves from {start!r} to {trained!r}, which is of another shape")
+            raise ValueError(f"changes from {start!r} to {trained!r}, which is of another shape")
         b = trained.B.to(CORE_DTYPE) - start.B.to(CORE_DTYPE)
         a = trained.A.to(CORE_DTYPE) - start.A.to(CORE_DTYPE)
         return cls(num_examples, b, a, feedback)
@@ -94,8 +94,8 @@ class FirstTerms:
 
 
 @dataclass(frozen=True, eq=False)
-class MeanMove:
-    """What the server sends after the first sum.
+class MeanChange:
+    """The outcome of the first sum for one module, which the server sends to the clients.
 
     Server and clients must compute with the same numbers: if they are sent at lower precision, the
     server rounds them before using them. Q need not be orthonormal for the result to be exact.
@@ -114,17 +114,17 @@ class MeanMove:
 
 
 @dataclass(frozen=True, eq=False)
-class MeanMoves:
+class MeanChanges:
     """The outcome of the first sum, over all modules.
 
     Attributes:
         num_examples: The total number of examples of the clients included.
-        modules: Module to the mean move.
+        modules: Module to the mean change.
         saved: Name of each fully trained tensor to its mean change.
     """
 
     num_examples: int
-    modules: Mapping[str, MeanMove]
+    modules: Mapping[str, MeanChange]
     saved: Mapping[str, Tensor]
 
 
@@ -146,26 +146,26 @@ def sketch_matrix(module: str, in_size: int, width: int, seed: int) -> Tensor:
 
 
 def first_terms(
-    move: ClientMove, omega: Tensor, expected_examples: int, feedback_limit: float = math.inf
+    change: ClientChange, omega: Tensor, expected_examples: int, feedback_limit: float = math.inf
 ) -> FirstTerms:
     """Return what a client adds to the first sum.
 
     Args:
-        move: What it did.
+        change: How the client changed the factors.
         omega: `(in, c)`.
         expected_examples: N', approximately the round's total number of examples.
         feedback_limit: The largest magnitude that feedback may add to an element of the sketch;
             larger feedback is scaled down.
     """
-    N_i = move.num_examples
-    sketch = N_i * (move.b @ (move.a @ omega))
-    if move.feedback is not None:
-        returned = expected_examples * _times(move.feedback, omega)
-        sketch += _share(returned, feedback_limit) * returned
-    return FirstTerms(N_i, N_i * move.b, N_i * move.a, sketch)
+    N_i = change.num_examples
+    sketch = N_i * (change.b @ (change.a @ omega))
+    if change.feedback is not None:
+        returned = expected_examples * _times(change.feedback, omega)
+        sketch += _scale_to_limit(returned, feedback_limit) * returned
+    return FirstTerms(N_i, N_i * change.b, N_i * change.a, sketch)
 
 
-def mean_move(total: FirstTerms, omega: Tensor) -> MeanMove:
+def mean_change(total: FirstTerms, omega: Tensor) -> MeanChange:
     """Return the means, and the range of the cross terms, from the first sum.
 
     Q has as many columns as the shorter side of the sketch; columns beyond the rank of the sketch
@@ -176,28 +176,32 @@ def mean_move(total: FirstTerms, omega: Tensor) -> MeanMove:
     b = total.b / N
     a = total.a / N
     sketch = total.sketch / N - b @ (a @ omega)
-    return MeanMove(N, b, a, torch.linalg.qr(sketch).Q)
+    return MeanChange(N, b, a, torch.linalg.qr(sketch).Q)
 
 
-def second_terms(move: ClientMove, mean: MeanMove, feedback_limit: float = math.inf) -> Tensor:
+def second_terms(
+    change: ClientChange, mean: MeanChange, feedback_limit: float = math.inf
+) -> Tensor:
     """Return what a client adds to the second sum: `(c, in)`.
 
     Args:
-        move: What it did.
+        change: How the client changed the factors.
         mean: The first sum's outcome.
         feedback_limit: The largest magnitude that feedback may add to an element; larger feedback
             is scaled down, and `next_feedback`, with the same limit, keeps the rest.
     """
     # N is known now, so feedback has its full effect whatever the other clients' weights.
-    cross = _cross_factors(move, mean)
-    terms = move.num_examples * ((mean.Q.mT @ cross.B) @ cross.A)
-    if move.feedback is not None:
-        returned = mean.num_examples * _left_times(mean.Q, move.feedback)
-        terms += _share(returned, feedback_limit) * returned
+    cross = _cross_factors(change, mean)
+    terms = change.num_examples * ((mean.Q.mT @ cross.B) @ cross.A)
+    if change.feedback is not None:
+        returned = mean.num_examples * _left_times(mean.Q, change.feedback)
+        terms += _scale_to_limit(returned, feedback_limit) * returned
     return terms
 
 
-def combine_sums(start: LowRank, mean: MeanMove, second: Tensor | None) -> tuple[LowRank, LowRank]:
+def combine_sums(
+    start: LowRank, mean: MeanChange, second: Tensor | None
+) -> tuple[LowRank, LowRank]:
     """Return the two parts of the result: the product of mean factors, and the cross term.
 
     Args:
@@ -257,8 +261,8 @@ def stand_ins(
 
 
 def next_feedback(
-    move: ClientMove,
-    mean: MeanMove,
+    change: ClientChange,
+    mean: MeanChange,
     *,
     in_second_sum: bool,
     feedback_limit: float = math.inf,
@@ -269,7 +273,7 @@ def next_feedback(
     unchanged.
 
     Args:
-        move: What it did, with the feedback from before the round.
+        change: How the client changed the factors, with the feedback from before the round.
         mean: The first sum's outcome.
         in_second_sum: Whether its terms are in the second sum too.
         feedback_limit: The limit passed to `second_terms`.
@@ -277,20 +281,20 @@ def next_feedback(
     Returns:
         Factored, or dense if that is smaller.
     """
-    cross = [_cross_factors(move, mean)]
-    weights = [move.num_examples / mean.num_examples]
-    before = move.feedback
+    cross = [_cross_factors(change, mean)]
+    weights = [change.num_examples / mean.num_examples]
+    before = change.feedback
     if not in_second_sum:
         return exact_sum(cross, weights, [] if before is None else [before])
     if before is None:
         return _outside(exact_sum(cross, weights), mean.Q)
     # The model now contains the returned feedback, except for its part outside of Q.
-    share = _share(mean.num_examples * _left_times(mean.Q, before), feedback_limit)
-    returned = scale(before, share, CORE_DTYPE)
+    scale_factor = _scale_to_limit(mean.num_examples * _left_times(mean.Q, before), feedback_limit)
+    returned = scale(before, scale_factor, CORE_DTYPE)
     missing = _outside(exact_sum(cross, weights, [returned]), mean.Q)
-    if share == 1:
+    if scale_factor == 1:
         return missing
-    return exact_sum([], [], [missing, scale(before, 1 - share, CORE_DTYPE)])
+    return exact_sum([], [], [missing, scale(before, 1 - scale_factor, CORE_DTYPE)])
 
 
 def _outside(matrix: Matrix, Q: Tensor) -> Matrix:
@@ -300,15 +304,15 @@ def _outside(matrix: Matrix, Q: Tensor) -> Matrix:
     return matrix - Q @ (Q.mT @ matrix)
 
 
-def _share(terms: Tensor, limit: float) -> float:
+def _scale_to_limit(terms: Tensor, limit: float) -> float:
     """Return the largest factor, at most 1, that scales all elements to within the limit."""
     largest = float(terms.abs().max())
     return 1.0 if largest <= limit else limit / largest
 
 
-def _cross_factors(move: ClientMove, mean: MeanMove) -> LowRank:
+def _cross_factors(change: ClientChange, mean: MeanChange) -> LowRank:
     """Return `(b_i - b)(a_i - a)`."""
-    return LowRank(move.b - mean.b, move.a - mean.a)
+    return LowRank(change.b - mean.b, change.a - mean.a)
 
 
 def _times(matrix: Matrix, x: Tensor) -> Tensor:

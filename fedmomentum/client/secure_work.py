@@ -17,16 +17,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientMoves, Values
+from fedmomentum.aggregation.adapter_sums import AdapterSums, ClientChanges, Values
 from fedmomentum.aggregation.moment_sums import (
     ClientMoments,
     MomentLimits,
     MomentSums,
 )
-from fedmomentum.aggregation.product_from_sums import MeanMoves
+from fedmomentum.aggregation.product_from_sums import MeanChanges
 from fedmomentum.errors import DataError, ModelError, SecureSumError
 from fedmomentum.global_model.cross_terms import CrossTerms
-from fedmomentum.global_model.mean_moves import read_means
+from fedmomentum.global_model.mean_changes import read_means
 from fedmomentum.global_model.shared_moments import encode_means
 from fedmomentum.protocol.score_sums import ScoreSums, loss_values
 from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SecureTerms
@@ -70,7 +70,7 @@ class SecureWork:
         run_id: The run's id in messages.
         server_round: The round.
         layout: The layout of the sums of updates; None if the client did not train.
-        moves: Its changes since the start of the round.
+        changes: Its changes since the start of the round.
         moments: Its optimizer's moments for the sum; empty if they are not shared.
         training: The report of its training.
         training_work: The hash of what it was asked to train; None if it did not train.
@@ -83,7 +83,7 @@ class SecureWork:
     run_id: str
     server_round: int
     layout: AdapterSums | None = None
-    moves: ClientMoves | None = None
+    changes: ClientChanges | None = None
     moments: Values = field(default_factory=dict)
     training: TrainResult | None = None
     training_work: str | None = None
@@ -97,7 +97,7 @@ class SecureWork:
         """Return whether this work belongs to the given round."""
         return (self.run_id, self.server_round) == (run_id, server_round)
 
-    def answer(self, request: SumRequest, message: bytes, means: MeanMoves | None) -> bytes:
+    def answer(self, request: SumRequest, message: bytes, means: MeanChanges | None) -> bytes:
         """Answer a message of a sum.
 
         Args:
@@ -164,27 +164,27 @@ class SecureWork:
             return None
         return projection_work(self.training_work, request.means)
 
-    def _values(self, number: int, means: MeanMoves | None) -> Mapping[str, NDArray[np.float64]]:
+    def _values(self, number: int, means: MeanChanges | None) -> Mapping[str, NDArray[np.float64]]:
         """Return the client's values in a sum, by block."""
         if number == SCORE_SUM:
             if self.evaluation is None or self.scores is None:
                 raise SecureSumError(f"round {self.server_round}: this client has no scores of it")
             return self.scores.values(self.evaluation)
         layout = self.layout
-        moves = self.moves
-        if layout is None or moves is None or self.training is None:
+        changes = self.changes
+        if layout is None or changes is None or self.training is None:
             raise SecureSumError(f"round {self.server_round}: this client has not trained in it")
         if number == FIRST_SUM:
-            values = _arrays(layout.first_values(moves))
+            values = _arrays(layout.first_values(changes))
             loss = self.training.loss
-            losses = loss_values(loss, moves.num_examples, layout.max_examples)
+            losses = loss_values(loss, changes.num_examples, layout.max_examples)
             return {**values, **_arrays(self.moments), **losses}
         if means is None:
             raise SecureSumError(f"round {self.server_round}: sum {number} came without the means")
         self._check_means(means)
-        return _arrays(layout.second_values(moves, means))
+        return _arrays(layout.second_values(changes, means))
 
-    def _check_means(self, means: MeanMoves) -> None:
+    def _check_means(self, means: MeanChanges) -> None:
         """Check that the outcome of the first sum matches the shapes of this client's values.
 
         Raises:
@@ -230,14 +230,14 @@ def layout_of(terms: SecureTerms, start: Adapter, factors: str) -> AdapterSums:
 
 
 def moment_values(
-    request: TrainRequest, layout: AdapterSums, moves: ClientMoves, trained: TrainedAdapter
+    request: TrainRequest, layout: AdapterSums, changes: ClientChanges, trained: TrainedAdapter
 ) -> Values:
     """Return a client's optimizer moments for the first sum; empty if they are not shared.
 
     Args:
         request: What it was asked to train.
         layout: The layout of the sums.
-        moves: Its changes.
+        changes: Its changes.
         trained: What it trained.
 
     Raises:
@@ -260,7 +260,7 @@ def moment_values(
     own = ClientMoments(
         encode_means(trained.moments), report.num_steps, report.learning_rate_sum or 0.0
     )
-    return sums.values(moves.num_examples, own)
+    return sums.values(changes.num_examples, own)
 
 
 def settled_feedback(
@@ -302,8 +302,8 @@ def settled_feedback(
 def save_cross_terms(store: ClientStore, client: str, work: SecureWork) -> None:
     """Save what a client keeps of a round, before it sends anything."""
     layout = work.layout
-    moves = work.moves
-    assert layout is not None and moves is not None
+    changes = work.changes
+    assert layout is not None and changes is not None
     if not layout.has_second_sum:
         return
     store.save_state(
@@ -311,9 +311,9 @@ def save_cross_terms(store: ClientStore, client: str, work: SecureWork) -> None:
             client=client,
             run_id=work.run_id,
             server_round=work.server_round,
-            num_examples=moves.num_examples,
-            moves=moves.modules,
-            feedback_limits={module: layout.feedback_limit(module) for module in moves.modules},
+            num_examples=changes.num_examples,
+            changes=changes.modules,
+            feedback_limits={module: layout.feedback_limit(module) for module in changes.modules},
         )
     )
 

@@ -17,7 +17,7 @@ from fedmomentum.client.secure_work import (
 )
 from fedmomentum.client.work import Worker, WorkResult, train_result_of
 from fedmomentum.errors import ConfigError, SecureSumError
-from fedmomentum.global_model.mean_moves import read_means
+from fedmomentum.global_model.mean_changes import read_means
 from fedmomentum.protocol.messages import EvaluateRequest, EvaluateResult, Task, TrainRequest
 from fedmomentum.protocol.score_sums import ScoreSums
 from fedmomentum.protocol.secure_messages import (
@@ -103,8 +103,8 @@ class SumWorker(Worker):
         )
         with keeping_reasons(self.client_id):
             trained = self.train_adapter(request, task.server_round, moments)
-            work.moves = work.layout.moves(trained.adapter, self.num_examples, feedback)
-            work.moments = moment_values(request, work.layout, work.moves, trained)
+            work.changes = work.layout.changes(trained.adapter, self.num_examples, feedback)
+            work.moments = moment_values(request, work.layout, work.changes, trained)
         work.training = train_result_of(trained.report, is_private=self.private is not None)
         work.training_work = training_work(request)
         save_cross_terms(store, self.client_id, work)

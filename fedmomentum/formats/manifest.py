@@ -163,7 +163,7 @@ class RoundOutcome(Schema, frozen=True, kw_only=True):
 
     Attributes:
         server_round: The round.
-        means: Hash of the first sum's outcome (`global_model.mean_moves`).
+        means: Hash of the first sum's outcome (`global_model.mean_changes`).
         in_second_sum: Whether the second sum also includes the client's values.
     """
 

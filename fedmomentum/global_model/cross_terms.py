@@ -2,9 +2,9 @@
 
 Once the server has committed a round, the client's terms are in the model and must leave what the
 client keeps. But the client only learns this with its next task. So after its part in a round it
-saves both what it kept before and the round's pending moves; given the outcome, `settled` combines
-them. A round's file never changes afterwards: a repeated round starts from the file of the previous
-round, so that nothing is lost or counted twice.
+saves both what it kept before and the round's pending changes; given the outcome, `settled`
+combines them. A round's file never changes afterwards: a repeated round starts from the file of the
+previous round, so that nothing is lost or counted twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from fedmomentum.aggregation.product_from_sums import ClientMove, next_feedback
+from fedmomentum.aggregation.product_from_sums import ClientChange, next_feedback
 from fedmomentum.errors import ModelError
 from fedmomentum.global_model.state_file import StateFile, StateHeader, encode_state, read_state
 from fedmomentum.linalg.low_rank import LowRank
@@ -24,7 +24,7 @@ from fedmomentum.linalg.matrix import Matrix
 from fedmomentum.utils.schema import ModulePath, PositiveCount, Size
 
 if TYPE_CHECKING:
-    from fedmomentum.aggregation.product_from_sums import MeanMoves
+    from fedmomentum.aggregation.product_from_sums import MeanChanges
 
 
 class _Header(StateHeader, frozen=True, kw_only=True):
@@ -41,14 +41,14 @@ class _Header(StateHeader, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, eq=False)
 class CrossTerms(StateFile):
-    """What a client kept of its cross terms before a round, and its moves in that round.
+    """What a client kept of its cross terms before a round, and its changes in that round.
 
     Attributes:
         client: The client's name.
         run_id: The run's identifier on the wire.
         server_round: The round.
         num_examples: The client's weight in the round.
-        moves: Module to its move in the round, with what it kept before as the feedback.
+        changes: Module to its change in the round, with what it kept before as the feedback.
         feedback_limits: Module to the limit on the feedback that was returned in the round.
     """
 
@@ -61,10 +61,10 @@ class CrossTerms(StateFile):
     run_id: str
     server_round: int
     num_examples: int
-    moves: Mapping[str, ClientMove]
+    changes: Mapping[str, ClientChange]
     feedback_limits: Mapping[str, float] = field(default_factory=dict)
 
-    def settled(self, means: MeanMoves | None, *, in_second_sum: bool) -> dict[str, Matrix]:
+    def settled(self, means: MeanChanges | None, *, in_second_sum: bool) -> dict[str, Matrix]:
         """Return what the client keeps, now that the round's outcome is known.
 
         Args:
@@ -77,17 +77,17 @@ class CrossTerms(StateFile):
         """
         name = f"client {self.client}: round {self.server_round}"
         kept: dict[str, Matrix] = {}
-        for module, move in self.moves.items():
+        for module, change in self.changes.items():
             # The model got nothing from this client: keep what was kept before.
             if means is None:
-                if move.feedback is not None:
-                    kept[module] = move.feedback
+                if change.feedback is not None:
+                    kept[module] = change.feedback
                 continue
             mean = means.modules.get(module)
-            if mean is None or (mean.b.shape, mean.a.shape) != (move.b.shape, move.a.shape):
+            if mean is None or (mean.b.shape, mean.a.shape) != (change.b.shape, change.a.shape):
                 raise ModelError(f"{name}: its outcome is not that of this client's {module}")
             kept[module] = next_feedback(
-                move,
+                change,
                 mean,
                 in_second_sum=in_second_sum,
                 feedback_limit=self.feedback_limits[module],
@@ -98,7 +98,7 @@ class CrossTerms(StateFile):
 
     def encode(self) -> bytes:
         """Return the bytes of their file, which includes a checksum of its content."""
-        # The moves, and what was kept before in factored or dense form.
+        # The changes, and what was kept before in factored or dense form.
         header = _Header(
             client=self.client,
             run_id=self.run_id,
@@ -107,14 +107,14 @@ class CrossTerms(StateFile):
             feedback_limits=dict(self.feedback_limits),
         )
         tensors = {}
-        for module, move in self.moves.items():
-            tensors[f"{module}.move_b"] = move.b.contiguous()
-            tensors[f"{module}.move_a"] = move.a.contiguous()
-            if isinstance(move.feedback, LowRank):
-                tensors[f"{module}.kept_B"] = move.feedback.B.contiguous()
-                tensors[f"{module}.kept_A"] = move.feedback.A.contiguous()
-            elif move.feedback is not None:
-                tensors[f"{module}.kept"] = move.feedback.contiguous()
+        for module, change in self.changes.items():
+            tensors[f"{module}.move_b"] = change.b.contiguous()
+            tensors[f"{module}.move_a"] = change.a.contiguous()
+            if isinstance(change.feedback, LowRank):
+                tensors[f"{module}.kept_B"] = change.feedback.B.contiguous()
+                tensors[f"{module}.kept_A"] = change.feedback.A.contiguous()
+            elif change.feedback is not None:
+                tensors[f"{module}.kept"] = change.feedback.contiguous()
         return encode_state(self.KEY, header, tensors)
 
     @classmethod
@@ -126,12 +126,12 @@ class CrossTerms(StateFile):
         """
         header, tensors = read_state(file, cls.KEY, _Header, cls.TITLE)
         # The header names the modules.
-        moves = {}
+        changes = {}
         for module in header.feedback_limits:
             try:
                 b = tensors[f"{module}.move_b"]
                 a = tensors[f"{module}.move_a"]
-                moves[module] = ClientMove(header.num_examples, b, a, _kept(tensors, module))
+                changes[module] = ClientChange(header.num_examples, b, a, _kept(tensors, module))
             except (KeyError, ValueError) as error:
                 raise ModelError(f"{file}: {module} is incomplete ({error})") from error
         return cls(
@@ -139,7 +139,7 @@ class CrossTerms(StateFile):
             run_id=header.run_id,
             server_round=header.round,
             num_examples=header.num_examples,
-            moves=moves,
+            changes=changes,
             feedback_limits=header.feedback_limits,
         )
 

@@ -17,11 +17,11 @@ from fedmomentum.aggregation.moment_sums import (
     MeanMovement,
     MomentLimits,
     MomentSums,
-    mean_changes,
+    changes_by_factor,
 )
 from fedmomentum.errors import QuorumError, SecureSumError
 from fedmomentum.formats.manifest import RoundOutcome
-from fedmomentum.global_model.mean_moves import means_object, read_means
+from fedmomentum.global_model.mean_changes import means_object, read_means
 from fedmomentum.protocol.score_sums import ScoreSums, loss_blocks, mean_loss
 from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SECOND_SUM, SecureTerms
 from fedmomentum.protocol.sum_work import projection_work
@@ -201,11 +201,11 @@ class RoundSums:
             blocks = [*first_plan.blocks, *moment_sums.blocks()]
             first_plan = msgspec.structs.replace(first_plan, blocks=blocks)
         first = exchange.run(first_plan, self._kept_sum(first_plan))
-        means = layout.mean_moves(_tensors(first))
+        means = layout.mean_changes(_tensors(first))
         train_loss = mean_loss(first.values, means.num_examples, terms.max_examples)
         moments = {}
         if moment_sums is not None:
-            changes = mean_changes(means)
+            changes = changes_by_factor(means)
             moments = moment_sums.means(_tensors(first), means.num_examples, changes)
         rounding = layout.rounding(_tensors(first), len(first.survivors))
         _warn_of_rounding(server_round, rounding)

@@ -64,15 +64,15 @@ def plain_sum(values):
     return {name: sum(own[name] for own in values.values()) for name in names}
 
 
-def keeps(layout, moves, means, in_second_sum):
+def keeps(layout, changes, means, in_second_sum):
     return {
         m: next_feedback(
-            move,
+            change,
             means.modules[m],
             in_second_sum=in_second_sum,
             feedback_limit=layout.feedback_limit(m),
         )
-        for m, move in moves.modules.items()
+        for m, change in changes.modules.items()
     }
 
 
@@ -100,14 +100,14 @@ def test_an_exact_methods_result_and_feedback_are_the_mean_of_the_clients(name):
     layout = make_layout(start)
     trained = {client: trained_adapter(start, client) for client in COUNTS}
     feedback = {m: random_matrix(*shape[:2], 2, seed=9).scaled(1e-3) for m, shape in SHAPES.items()}
-    moves = {c: layout.moves(trained[c], COUNTS[c], feedback) for c in COUNTS}
-    means = layout.mean_moves(
-        plain_sum({c: layout.first_values(m) for c, m in moves.items()}), torch.float64
+    changes = {c: layout.changes(trained[c], COUNTS[c], feedback) for c in COUNTS}
+    means = layout.mean_changes(
+        plain_sum({c: layout.first_values(m) for c, m in changes.items()}), torch.float64
     )
-    totals = plain_sum({c: layout.second_values(m, means) for c, m in moves.items()})
+    totals = plain_sum({c: layout.second_values(m, means) for c, m in changes.items()})
     adapters, weights = layout.stand_ins(means, totals)
     result = aggregate_updates(adapters, weights, METHODS[name](), context(start))
-    kept = [keeps(layout, m, means, True) for m in moves.values()]
+    kept = [keeps(layout, m, means, True) for m in changes.values()]
     for module, scaling in SCALINGS.items():
         missing = sum(scaling * to_dense(own[module]) for own in kept)
         before = len(COUNTS) * scaling * to_dense(feedback[module])
@@ -127,9 +127,9 @@ def test_mean_factors_need_one_sum_without_a_sketch(name):
     assert not layout.has_second_sum
     assert not [b.name for b in layout.first_blocks() if b.name.startswith("sketch")]
     trained = {client: trained_adapter(start, client, factors) for client in COUNTS}
-    moves = {c: layout.moves(trained[c], COUNTS[c], {}) for c in COUNTS}
-    sums = plain_sum({c: layout.first_values(m) for c, m in moves.items()})
-    adapters, weights = layout.stand_ins(layout.mean_moves(sums, torch.float64), None)
+    changes = {c: layout.changes(trained[c], COUNTS[c], {}) for c in COUNTS}
+    sums = plain_sum({c: layout.first_values(m) for c, m in changes.items()})
+    adapters, weights = layout.stand_ins(layout.mean_changes(sums, torch.float64), None)
     assert len(adapters) == 1
     got = aggregate_updates(adapters, weights, method, context(start))
     wanted = aggregate_updates(
@@ -145,21 +145,21 @@ def test_a_round_under_masks_with_a_drop_in_the_first_sum(tmp_path):
     start = start_adapter()
     layout = make_layout(start)
     trained = {client: trained_adapter(start, client) for client in COUNTS}
-    moves = {c: layout.moves(trained[c], COUNTS[c], {}) for c in COUNTS}
+    changes = {c: layout.changes(trained[c], COUNTS[c], {}) for c in COUNTS}
     blocks = layout.first_blocks()
-    values = {c: shaped(layout.first_values(m), blocks) for c, m in moves.items()}
+    values = {c: shaped(layout.first_values(m), blocks) for c, m in changes.items()}
     sums, first = secure_sum(1, blocks, values, tmp_path, {"east": 2})
     assert first == ["north", "south", "west"]
-    means = layout.mean_moves(sums)
+    means = layout.mean_changes(sums)
     assert means.num_examples == 451
 
     second_layout = make_layout(start, num_parties=3)
     blocks = second_layout.second_blocks()
-    values = {c: second_layout.second_values(moves[c], means) for c in first}
+    values = {c: second_layout.second_values(changes[c], means) for c in first}
     sums, second = secure_sum(2, blocks, values, tmp_path, {})
     adapters, weights = layout.stand_ins(means, sums)
     result = aggregate_updates(adapters, weights, METHODS["fedmomentum"](), context(start))
-    kept = [keeps(layout, moves[c], means, c in second) for c in first]
+    kept = [keeps(layout, changes[c], means, c in second) for c in first]
     for module, scaling in SCALINGS.items():
         missing = sum(scaling * to_dense(own[module]) for own in kept)
         wanted = mean_product({c: trained[c] for c in first}, module)
@@ -175,7 +175,7 @@ def test_changes_within_the_two_public_bounds_are_within_all_bounds(sketch_ranks
     """At the bounds in every element, signs as bad as can be, with more feedback than fits."""
     start = start_adapter()
     layout = make_layout(start, sketch_ranks=sketch_ranks, max_examples=300)
-    moves = {}
+    changes = {}
     for sign, client in ((1, "north"), (-1, "south")):
         modules = {
             m: LowRank(f.B + sign * CHANGE, f.A + CHANGE * torch.sign(layout._omega(m)[:, 0]))
@@ -184,16 +184,16 @@ def test_changes_within_the_two_public_bounds_are_within_all_bounds(sketch_ranks
         saved = {key: tensor + CHANGE for key, tensor in start.saved.items()}
         trained = Adapter(modules, SCALINGS, saved=saved, name=client)
         huge = {m: random_matrix(*shape[:2], 2, seed=1).scaled(1e6) for m, shape in SHAPES.items()}
-        moves[client] = layout.moves(trained, 300, huge)
+        changes[client] = layout.changes(trained, 300, huge)
     blocks = layout.first_blocks()
     # A bound is a bound on real numbers: float32 may lie a last digit beyond it.
     loose = [type(b)(name=b.name, size=b.size, bound=b.bound * (1 + 1e-6)) for b in blocks]
-    values = {c: layout.first_values(m) for c, m in moves.items()}
+    values = {c: layout.first_values(m) for c, m in changes.items()}
     for own in values.values():
         encode(own, loose, 4)
-    means = layout.mean_moves(plain_sum(values))
-    for move in moves.values():
-        encode(layout.second_values(move, means), layout.second_blocks(), 4)
+    means = layout.mean_changes(plain_sum(values))
+    for change in changes.values():
+        encode(layout.second_values(change, means), layout.second_blocks(), 4)
 
 
 @pytest.mark.parametrize("max_change", [CHANGE, 1e3 * CHANGE, 1e6 * CHANGE])
@@ -203,7 +203,7 @@ def test_the_reported_rounding_error_is_that_of_the_integers(max_change):
     layout = make_layout(start, max_change=max_change)
     blocks = layout.first_blocks()
     own = {
-        name: layout.first_values(layout.moves(trained_adapter(start, name), count, {}))
+        name: layout.first_values(layout.changes(trained_adapter(start, name), count, {}))
         for name, count in COUNTS.items()
     }
     exact = plain_sum(own)
@@ -226,30 +226,30 @@ def test_the_reported_rounding_error_is_one_where_everything_is_lost():
 def test_values_beyond_the_bounds_are_refused():
     start = start_adapter()
     layout = make_layout(start)
-    too_large = layout.moves(trained_adapter(start, "north", size=30 * CHANGE), 400, {})
+    too_large = layout.changes(trained_adapter(start, "north", size=30 * CHANGE), 400, {})
     with pytest.raises(DataError, match="block '.*' of this party's update has an element of size"):
         encode(layout.first_values(too_large), layout.first_blocks(), 4)
     for count in (0, 501):
         with pytest.raises(DataError, match=f"has {count} examples, and .* count 1 to 500") as e:
-            layout.moves(trained_adapter(start, "north"), count, {})
+            layout.changes(trained_adapter(start, "north"), count, {})
         assert str(count) not in public_text(e.value)
     with pytest.raises(AdapterError, match="at most 600000000 examples, .* set a lower bound"):
         make_layout(start, max_examples=600_000_000)
     other = Adapter({"q_proj": start.modules["q_proj"]}, SCALINGS, name="north")
     with pytest.raises(AdapterError, match="north: module down_proj"):
-        layout.moves(other, 5, {})
+        layout.changes(other, 5, {})
 
 
 def test_blocks_and_values_have_the_same_layout_whatever_the_values():
     start = start_adapter()
     layout = make_layout(start)
     for size in (0.0, CHANGE):
-        moves = layout.moves(trained_adapter(start, "north", size=size), 5, {})
-        values = layout.first_values(moves)
+        changes = layout.changes(trained_adapter(start, "north", size=size), 5, {})
+        values = layout.first_values(changes)
         assert [(b.name, b.size) for b in layout.first_blocks()] == [
             (name, len(own)) for name, own in values.items()
         ]
-        means = layout.mean_moves(values)
+        means = layout.mean_changes(values)
         assert [(b.name, b.size) for b in layout.second_blocks()] == [
-            (name, len(own)) for name, own in layout.second_values(moves, means).items()
+            (name, len(own)) for name, own in layout.second_values(changes, means).items()
         ]

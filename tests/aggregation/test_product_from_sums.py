@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from fedmomentum.aggregation.client_updates import ClientUpdates
 from fedmomentum.aggregation.method import AggregationContext, Method
 from fedmomentum.aggregation.product_from_sums import (
-    ClientMove,
+    ClientChange,
     FirstTerms,
     combine_sums,
     first_terms,
-    mean_move,
+    mean_change,
     next_feedback,
     second_terms,
     sketch_matrix,
@@ -79,16 +79,19 @@ class Federation:
         """A round of the clients in `counts`, of which `second` are in the second sum."""
         omega = sketch_matrix("q_proj", IN, self.width, number)
         trained = {client: train(self.draw, start) for client in counts}
-        moves = {
-            client: ClientMove.of(start, trained[client], counts[client], self.feedback.get(client))
+        changes = {
+            client: ClientChange.of(
+                start, trained[client], counts[client], self.feedback.get(client)
+            )
             for client in counts
         }
-        mean = mean_move(
-            add_terms([first_terms(move, omega, self.expected) for move in moves.values()]), omega
+        mean = mean_change(
+            add_terms([first_terms(change, omega, self.expected) for change in changes.values()]),
+            omega,
         )
-        total = sum(second_terms(moves[c], mean) for c in second) if second else None
-        for client, move in moves.items():
-            self.feedback[client] = next_feedback(move, mean, in_second_sum=client in second)
+        total = sum(second_terms(changes[c], mean) for c in second) if second else None
+        for client, change in changes.items():
+            self.feedback[client] = next_feedback(change, mean, in_second_sum=client in second)
         self.expected = mean.num_examples
         return trained, combine_sums(start, mean, total)
 
@@ -203,22 +206,22 @@ def test_feedback_beyond_its_limit_returns_in_parts_and_is_not_lost(limit, seed)
     start = factors(draw)
     counts = {"a": 5, "b": 20, "c": 9}
     trained = {c: train(draw, start) for c in counts}
-    moves = {c: ClientMove.of(start, trained[c], counts[c], factors(draw)) for c in counts}
+    changes = {c: ClientChange.of(start, trained[c], counts[c], factors(draw)) for c in counts}
     omega = sketch_matrix("q_proj", IN, RANK, 1)
-    terms = [first_terms(m, omega, 34, limit) for m in moves.values()]
-    for move, own in zip(moves.values(), terms, strict=True):
-        plain = move.num_examples * (move.b @ move.a @ omega)
+    terms = [first_terms(m, omega, 34, limit) for m in changes.values()]
+    for change, own in zip(changes.values(), terms, strict=True):
+        plain = change.num_examples * (change.b @ change.a @ omega)
         assert (own.sketch - plain).abs().max() <= limit * (1 + 1e-9)
-    mean = mean_move(add_terms(terms), omega)
-    second = [second_terms(m, mean, limit) for m in moves.values()]
-    for move, own in zip(moves.values(), second, strict=True):
-        alone = ClientMove(move.num_examples, move.b, move.a)
+    mean = mean_change(add_terms(terms), omega)
+    second = [second_terms(m, mean, limit) for m in changes.values()]
+    for change, own in zip(changes.values(), second, strict=True):
+        alone = ClientChange(change.num_examples, change.b, change.a)
         assert (own - second_terms(alone, mean)).abs().max() <= limit * (1 + 1e-9)
     kept = [
-        next_feedback(m, mean, in_second_sum=True, feedback_limit=limit) for m in moves.values()
+        next_feedback(m, mean, in_second_sum=True, feedback_limit=limit) for m in changes.values()
     ]
     got = sum(effective(part) for part in (*combine_sums(start, mean, sum(second)), *kept))
-    before = sum(effective(m.feedback) for m in moves.values())
+    before = sum(effective(m.feedback) for m in changes.values())
     assert close(got, mean_of_products(trained, counts) + before)
 
 
@@ -227,12 +230,14 @@ def test_one_trained_factor_has_no_cross_term():
     draw = torch.Generator().manual_seed(7)
     start = factors(draw)
     trained = [LowRank(train(draw, start).B, start.A) for _ in range(3)]
-    moves = [ClientMove.of(start, t, 4) for t in trained]
+    changes = [ClientChange.of(start, t, 4) for t in trained]
     omega = sketch_matrix("q_proj", IN, RANK, 1)
-    mean = mean_move(add_terms([first_terms(move, omega, 12) for move in moves]), omega)
+    mean = mean_change(add_terms([first_terms(change, omega, 12) for change in changes]), omega)
     parts = combine_sums(start, mean, None)
     assert close(effective(parts[0]), sum(effective(t) for t in trained) / 3)
-    assert all(to_dense(next_feedback(m, mean, in_second_sum=False)).norm() < 1e-12 for m in moves)
+    assert all(
+        to_dense(next_feedback(m, mean, in_second_sum=False)).norm() < 1e-12 for m in changes
+    )
 
 
 def test_rounded_messages_of_the_server_cost_nothing_in_what_clients_keep():
@@ -241,13 +246,13 @@ def test_rounded_messages_of_the_server_cost_nothing_in_what_clients_keep():
     start = factors(draw)
     trained = {c: train(draw, start) for c in "abc"}
     counts = {"a": 5, "b": 20, "c": 9}
-    moves = {c: ClientMove.of(start, trained[c], counts[c]) for c in "abc"}
+    changes = {c: ClientChange.of(start, trained[c], counts[c]) for c in "abc"}
     omega = sketch_matrix("q_proj", IN, RANK, 1)
-    mean = mean_move(add_terms([first_terms(m, omega, 34) for m in moves.values()]), omega)
+    mean = mean_change(add_terms([first_terms(m, omega, 34) for m in changes.values()]), omega)
     rounded = type(mean)(mean.num_examples, mean.b, mean.a, mean.Q.float().double())
-    second = sum(second_terms(m, rounded) for m in moves.values())
+    second = sum(second_terms(m, rounded) for m in changes.values())
     parts = combine_sums(start, rounded, second)
-    kept = [next_feedback(m, rounded, in_second_sum=True) for m in moves.values()]
+    kept = [next_feedback(m, rounded, in_second_sum=True) for m in changes.values()]
     got = sum(effective(part) for part in (*parts, *kept))
     assert close(got, mean_of_products(trained, counts))
 
@@ -255,7 +260,7 @@ def test_rounded_messages_of_the_server_cost_nothing_in_what_clients_keep():
 def test_unequal_ranks_are_refused():
     draw = torch.Generator().manual_seed(9)
     with pytest.raises(ValueError, match="which is of another shape"):
-        ClientMove.of(factors(draw), factors(draw, rank=2), 5)
+        ClientChange.of(factors(draw), factors(draw, rank=2), 5)
 
 
 def test_the_sketch_is_the_same_everywhere_and_differs_by_module_and_seed():
@@ -293,12 +298,12 @@ def test_methods_give_with_sums_what_they_give_with_updates(name, round_number):
     context = AggregationContext(rank=RANK, reference=start, server_round=round_number, seed=4)
     wanted = method.aggregate(ClientUpdates(updates, weights), context)
 
-    moves = [ClientMove.of(start, u, n) for u, n in zip(updates, counts, strict=True)]
+    changes = [ClientChange.of(start, u, n) for u, n in zip(updates, counts, strict=True)]
     omega = sketch_matrix("q_proj", IN, 3 * RANK, 1)
-    mean = mean_move(add_terms([first_terms(m, omega, 100) for m in moves]), omega)
+    mean = mean_change(add_terms([first_terms(m, omega, 100) for m in changes]), omega)
     second = None
     if method.trained_factors(round_number) == "BA":
-        second = sum(second_terms(move, mean) for move in moves)
+        second = sum(second_terms(change, mean) for change in changes)
     mean_updates, mean_weights = stand_ins(*combine_sums(start, mean, second))
     # a factor that is not trained is the one that all have, to the bit
     got = method.aggregate(
@@ -375,7 +380,7 @@ def test_the_law_under_masks_with_drops_in_and_between_the_sums(tmp_path):
     counts = dict(zip(clients, (31, 400, 77, 120, 5), strict=True))
     trained = {c: train(draw, start) for c in clients}
     feedback = factors(draw, size=0.05)
-    moves = {c: ClientMove.of(start, trained[c], counts[c], feedback) for c in clients}
+    changes = {c: ClientChange.of(start, trained[c], counts[c], feedback) for c in clients}
     omega = sketch_matrix("q_proj", IN, RANK, 1)
 
     # Bounds are public: here from what no client of the test exceeds.
@@ -386,8 +391,8 @@ def test_the_law_under_masks_with_drops_in_and_between_the_sums(tmp_path):
         Block(name="sketch", size=OUT * RANK, bound=5000.0),
     ]
     terms = {}
-    for client, move in moves.items():
-        own = first_terms(move, omega, 600)
+    for client, change in changes.items():
+        own = first_terms(change, omega, 600)
         terms[client] = {
             "examples": [own.num_examples],
             "b": own.b,
@@ -398,14 +403,14 @@ def test_the_law_under_masks_with_drops_in_and_between_the_sums(tmp_path):
     assert first == clients[1:]
     num_examples = int(summed["examples"])
     assert num_examples == sum(counts[c] for c in first)
-    mean = mean_move(FirstTerms(num_examples, summed["b"], summed["a"], summed["sketch"]), omega)
+    mean = mean_change(FirstTerms(num_examples, summed["b"], summed["a"], summed["sketch"]), omega)
 
     wide = [Block(name="cross", size=RANK * IN, bound=2000.0)]
-    terms = {c: {"cross": second_terms(moves[c], mean)} for c in first}
+    terms = {c: {"cross": second_terms(changes[c], mean)} for c in first}
     summed, second = secure_sum(2, wide, terms, tmp_path, {"client 4": 2})
     assert second == clients[1:4]
     parts = combine_sums(start, mean, summed["cross"])
-    kept = [next_feedback(moves[c], mean, in_second_sum=c in second) for c in first]
+    kept = [next_feedback(changes[c], mean, in_second_sum=c in second) for c in first]
     got = sum(effective(part) for part in (*parts, *kept))
     wanted = mean_of_products({c: trained[c] for c in first}, {c: counts[c] for c in first}) + len(
         first

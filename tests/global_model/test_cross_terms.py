@@ -6,7 +6,7 @@ import torch
 from fedmomentum.aggregation.adapter_sums import AdapterSums
 from fedmomentum.aggregation.aggregate import RoundContext, aggregate_updates
 from fedmomentum.aggregation.methods.fedmomentum import FedMomentum
-from fedmomentum.aggregation.product_from_sums import ClientMove
+from fedmomentum.aggregation.product_from_sums import ClientChange
 from fedmomentum.errors import ModelError, SecureSumError
 from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.cross_terms import CrossTerms
@@ -56,18 +56,18 @@ class Site:
         """Train, and save what the round needs before anything leaves."""
         num_examples = 20 + 13 * CLIENTS.index(self.name) + server_round
         trained = train(layout.start, self.name, server_round)
-        moves = layout.moves(trained, num_examples, self.feedback(outcomes, server_round - 1))
+        changes = layout.changes(trained, num_examples, self.feedback(outcomes, server_round - 1))
         self.states.save(
             CrossTerms(
                 client=self.name,
                 run_id="run",
                 server_round=server_round,
                 num_examples=num_examples,
-                moves=moves.modules,
+                changes=changes.modules,
                 feedback_limits={MODULE: layout.feedback_limit(MODULE)},
             )
         )
-        return moves
+        return changes
 
 
 def train(start, name, server_round):
@@ -154,12 +154,12 @@ class Coordinator:
             expected_examples=self.expected,
             seed=server_round,
         )
-        moves = {c: self.sites[c].prepare(layout, server_round, self.outcomes) for c in clients}
-        values = {c: layout.first_values(m) for c, m in moves.items()}
+        changes = {c: self.sites[c].prepare(layout, server_round, self.outcomes) for c in clients}
+        values = {c: layout.first_values(m) for c, m in changes.items()}
         first = self.sum(server_round, 1, layout.first_blocks(), values, first_leaves or {})
-        means = layout.mean_moves(self.tensors(first))
+        means = layout.mean_changes(self.tensors(first))
 
-        values = {c: layout.second_values(moves[c], means) for c in first.survivors}
+        values = {c: layout.second_values(changes[c], means) for c in first.survivors}
         survivors = []
         totals = None
         try:
@@ -180,7 +180,7 @@ class Coordinator:
         result = aggregate_updates(adapters, weights, FedMomentum(), context)
 
         # What the exact mean of the first sum's clients would have moved.
-        counts = {c: moves[c].num_examples for c in first.survivors}
+        counts = {c: changes[c].num_examples for c in first.survivors}
         assert means.num_examples == sum(counts.values())
         for client, count in counts.items():
             trained = train(self.adapter, client, server_round)
@@ -230,7 +230,7 @@ def test_a_file_is_what_was_saved_whatever_the_form_of_the_feedback(tmp_path):
         loaded = CrossTerms.read(tmp_path / "file")
         assert (loaded.client, loaded.run_id, loaded.server_round) == ("north", "run", 4)
         assert (loaded.num_examples, loaded.feedback_limits) == (9, {"q": 2.5})
-        assert type(loaded.moves["q"].feedback) is type(feedback)
+        assert type(loaded.changes["q"].feedback) is type(feedback)
         assert loaded.encode() == state.encode()
         kept = loaded.settled(None, in_second_sum=False)
         assert kept.keys() == ({"q"} if feedback is not None else set())
@@ -239,7 +239,7 @@ def test_a_file_is_what_was_saved_whatever_the_form_of_the_feedback(tmp_path):
 
 def make_state(feedback):
     b, a = random_matrix(6, 5, 2, seed=5).B, random_matrix(6, 5, 2, seed=6).A
-    return CrossTerms("north", "run", 4, 9, {"q": ClientMove(9, b, a, feedback)}, {"q": 2.5})
+    return CrossTerms("north", "run", 4, 9, {"q": ClientChange(9, b, a, feedback)}, {"q": 2.5})
 
 
 def test_damaged_files_and_outcomes_of_other_adapters_are_refused(tmp_path):
@@ -251,7 +251,7 @@ def test_damaged_files_and_outcomes_of_other_adapters_are_refused(tmp_path):
             CrossTerms.read(file)
     start = Adapter({"q": random_matrix(6, 5, 3, seed=2)}, {"q": 1.0})
     layout = AdapterSums(start, "BA", 1, 3, 9, 1.0, 20, 0)
-    moves = layout.moves(start, 9, {})
-    means = layout.mean_moves({n: 3 * v for n, v in layout.first_values(moves).items()})
+    changes = layout.changes(start, 9, {})
+    means = layout.mean_changes({n: 3 * v for n, v in layout.first_values(changes).items()})
     with pytest.raises(ModelError, match="round 4: its outcome is not that of this client's q"):
         make_state(None).settled(means, in_second_sum=True)

@@ -12,7 +12,7 @@ from fedmomentum.aggregation.moment_sums import (
 )
 from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.config.toml import from_dict
-from fedmomentum.global_model.mean_moves import means_object
+from fedmomentum.global_model.mean_changes import means_object
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.adapter import Adapter
 from fedmomentum.run.secure_traffic import num_stand_ins, secure_traffic
@@ -83,8 +83,8 @@ def test_counted_bytes_are_those_of_the_messages(name, training, tmp_path):
         expected_examples=50,
         seed=0,
     )
-    moves = layout.moves(start, 10, {})
-    blocks, values = layout.first_blocks(), layout.first_values(moves)
+    changes = layout.changes(start, 10, {})
+    blocks, values = layout.first_blocks(), layout.first_values(changes)
     if training:
         sums = MomentSums.of(
             start,
@@ -104,10 +104,10 @@ def test_counted_bytes_are_those_of_the_messages(name, training, tmp_path):
     sent, got, totals = messages_of(blocks, numpy_of(values), 1, tmp_path)
     up, down = up + sent, down + got
     if layout.has_second_sum:
-        means = layout.mean_moves(totals)
+        means = layout.mean_changes(totals)
         down += len(means_object(means).data)
         sent, got, totals = messages_of(
-            layout.second_blocks(), numpy_of(layout.second_values(moves, means)), 2, tmp_path
+            layout.second_blocks(), numpy_of(layout.second_values(changes, means)), 2, tmp_path
         )
         up, down = up + sent, down + got
         adapters, _ = layout.stand_ins(means, totals)

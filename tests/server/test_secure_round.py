@@ -10,7 +10,7 @@ from msgspec import structs
 
 from fedmomentum.errors import ConfigError, ModelError, QuorumError
 from fedmomentum.formats.metrics_file import parse_record_line
-from fedmomentum.global_model.mean_moves import means_object, read_means
+from fedmomentum.global_model.mean_changes import means_object, read_means
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import EvaluateRequest, TrainRequest
@@ -143,13 +143,13 @@ def test_clients_killed_at_any_step_leave_model_and_feedback_the_exact_mean(tmp_
     federation = Federation(
         tmp_path, num_clients=7, federation={"num_rounds": len(kills)}, run={"keep_checkpoints": 99}
     )
-    moves = {}
+    changes = {}
 
     def before(task):
         server_round, number, step = position(task)
         client = federation.clients[task.client_id]
         if number == 1 and step == 0:
-            moves[server_round, task.client_id] = client._round.moves
+            changes[server_round, task.client_id] = client._round.changes
         if kills.get(server_round, {}).get(task.client_id) == (number, step):
             federation.start_client(task.client_id)
 
@@ -167,13 +167,13 @@ def test_clients_killed_at_any_step_leave_model_and_feedback_the_exact_mean(tmp_
         start_of_round = RunDirectory(out)
         before_it, _ = start_of_round.resume(server_round - 1)
         start_of_round.close()
-        total = sum(moves[server_round, client].num_examples for client in clients)
+        total = sum(changes[server_round, client].num_examples for client in clients)
         for module, matrix in before_it.adapter.modules.items():
             B, A = matrix.B.double(), matrix.A.double()
             for client in clients:
-                move = moves[server_round, client].modules[module]
-                product = (B + move.b) @ (A + move.a) - B @ A
-                share = before_it.adapter.scalings[module] * move.num_examples / total
+                change = changes[server_round, client].modules[module]
+                product = (B + change.b) @ (A + change.a) - B @ A
+                share = before_it.adapter.scalings[module] * change.num_examples / total
                 exact[module] = exact.get(module, 0) + share * product
     _, state = resumed(out)
     feedback = federation.feedback(state)

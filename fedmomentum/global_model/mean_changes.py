@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedmomentum.aggregation.product_from_sums import MeanMove, MeanMoves
+from fedmomentum.aggregation.product_from_sums import MeanChange, MeanChanges
 from fedmomentum.errors import PayloadError
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.low_rank import CORE_DTYPE
@@ -26,10 +26,10 @@ class _Header(Schema, frozen=True, kw_only=True):
     num_examples: PositiveCount
 
 
-def means_object(means: MeanMoves) -> StoredObject:
+def means_object(means: MeanChanges) -> StoredObject:
     """Return the means of the factors and the ranges of the cross terms, in float32.
 
-    `AdapterSums.mean_moves` has already rounded them to float32, so both sides use equal numbers.
+    `AdapterSums.mean_changes` has already rounded them to float32, so both sides use equal numbers.
     """
     tensors = {}
     for module, mean in means.modules.items():
@@ -39,7 +39,7 @@ def means_object(means: MeanMoves) -> StoredObject:
     return StoredObject(safetensors_bytes(tensors, (_KEY, header)))
 
 
-def read_means(stored: StoredObject, name: str) -> MeanMoves:
+def read_means(stored: StoredObject, name: str) -> MeanChanges:
     """Read the means in an object, which does not include tensors trained in full.
 
     Args:
@@ -57,13 +57,13 @@ def read_means(stored: StoredObject, name: str) -> MeanMoves:
         if part not in ("b", "a", "Q"):
             raise PayloadError(f"{name}: {key[:200]!r} is no part of a sum's outcome")
         if module not in modules:
-            modules[module] = _mean_move(tensors, module, header.num_examples, name)
-    return MeanMoves(header.num_examples, modules, {})
+            modules[module] = _mean_change(tensors, module, header.num_examples, name)
+    return MeanChanges(header.num_examples, modules, {})
 
 
-def _mean_move(
+def _mean_change(
     tensors: Mapping[str, Tensor], module: str, num_examples: int, name: str
-) -> MeanMove:
+) -> MeanChange:
     """Return one module's means, with shapes checked against each other.
 
     Raises:
@@ -81,4 +81,4 @@ def _mean_move(
     b, a, Q = parts["b"], parts["a"], parts["Q"]
     if b.shape[1] != a.shape[0] or Q.shape[0] != b.shape[0]:
         raise PayloadError(f"{name}: the means of {module} do not fit each other")
-    return MeanMove(num_examples, b, a, Q)
+    return MeanChange(num_examples, b, a, Q)
