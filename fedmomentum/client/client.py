@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from fedmomentum.client.sum_worker import SumWorker
+from fedmomentum.client.client_sum_work import ClientSumWork
 from fedmomentum.client.work import WorkResult
 from fedmomentum.data.split import split_fingerprint
 from fedmomentum.errors import ConfigError, ModelError
@@ -50,7 +50,7 @@ ModelTask = TrainRequest | EvaluateRequest
 
 
 @dataclass(kw_only=True)
-class Client(SumWorker):
+class Client(ClientSumWork):
     """One participant: its data, its model, and its state between tasks."""
 
     _splits: dict[str, str] = field(init=False, repr=False, default_factory=dict)

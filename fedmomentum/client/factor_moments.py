@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedmomentum.training.function import TrainReport
 
 
-def by_parameter(
+def moments_by_parameter(
     moments: Mapping[str, Moments] | None, names: Mapping[str, str], model: LocalModel
 ) -> dict[str, Moments] | None:
     """Return the moments by the names of the trained parameters that hold the factors.
@@ -56,7 +56,7 @@ def _zeros(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
 
 
-def by_factor(
+def moments_by_factor(
     report: TrainReport, names: Mapping[str, str], model: LocalModel
 ) -> dict[str, Moments]:
     """Return a report's moments by `<module>.<kind>`; empty if it has none.

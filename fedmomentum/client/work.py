@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmomentum.aggregation.moments import Moments
 from fedmomentum.aggregation.update_filter import ClientUpdate, UpdateFilter
-from fedmomentum.client.factor_moments import by_factor, by_parameter
+from fedmomentum.client.factor_moments import moments_by_factor, moments_by_parameter
 from fedmomentum.evaluation.teacher_forcing import evaluate, measure_reference
 from fedmomentum.global_model.shared_moments import encode_means, encode_moments
 from fedmomentum.linalg.low_rank import LowRank
@@ -81,7 +81,7 @@ class TrainedAdapter:
 
 
 @dataclass(kw_only=True)
-class Worker:
+class ClientWork:
     """A client's data and model, and the work that it does with them.
 
     Attributes:
@@ -206,8 +206,8 @@ class Worker:
         with model.training_only(trained_factors):
             # Finding the names visits all parameters of the model, so do it only if needed.
             names = {} if moments is None else model.parameter_names(trained_factors)
-            report = self._train_model(request, by_parameter(moments, names, model))
-        trained_moments = by_factor(report, names, model)
+            report = self._train_model(request, moments_by_parameter(moments, names, model))
+        trained_moments = moments_by_factor(report, names, model)
 
         adapter = model.adapter(self.client_id)
         if self.update_filter is not None and start is not None:

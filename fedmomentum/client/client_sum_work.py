@@ -1,4 +1,4 @@
-"""`SumWorker`: a client's work in rounds whose updates are summed under masks."""
+"""`ClientSumWork`: a client's work in rounds whose updates are summed under masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmomentum.client.secure_work import (
     save_cross_terms,
     settled_feedback,
 )
-from fedmomentum.client.work import Worker, WorkResult, train_result_of
+from fedmomentum.client.work import ClientWork, WorkResult, train_result_of
 from fedmomentum.errors import ConfigError, SecureSumError
 from fedmomentum.global_model.mean_changes import read_means
 from fedmomentum.protocol.messages import EvaluateRequest, EvaluateResult, Task, TrainRequest
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class SumWorker(Worker):
-    """A client's work whose results stay with it, while the server asks for sums.
+class ClientSumWork(ClientWork):
+    """A client's work in rounds with secure aggregation: its results are summed, but never sent.
 
     Attributes:
         store: Its objects and its state from earlier rounds.
