@@ -47,7 +47,7 @@ from fedmomentum.objectives.collation import completion_batch
 from fedmomentum.protocol.adapter_terms import ClientLora
 from fedmomentum.protocol.codec import encode_task
 from fedmomentum.protocol.messages import EvaluateRequest, Task
-from fedmomentum.server.round_parts import train_request
+from fedmomentum.server.round_data import train_request
 from fedmomentum.training.function import OnStep, TrainReport
 from fedmomentum.training.trainer import train
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmomentum.base_model.hub import BUNDLED_NAME
-from fedmomentum.global_model.base_of import is_classifier, num_labels
+from fedmomentum.global_model.base_loading import is_classifier, num_labels
 from fedmomentum.lora.base_names import public_base
 from fedmomentum.results.formatting import number, points, with_interval
 from fedmomentum.utils.io import write_atomically

@@ -24,7 +24,7 @@ from fedmomentum.base_model.checkpoint_files import INDEX_FILE
 from fedmomentum.base_model.identity import identify
 from fedmomentum.base_model.quantization import stored_quantization
 from fedmomentum.errors import ModelError
-from fedmomentum.global_model.base_of import load_base_of
+from fedmomentum.global_model.base_loading import load_base_for
 from fedmomentum.utils.io import write_json
 from fedmomentum.utils.quantized import dequantize, quantized_layers
 
@@ -73,7 +73,7 @@ def dequantized_base(
     shutil.rmtree(directory, ignore_errors=True)  # left by an export that was killed
     directory.mkdir(parents=True)
     try:
-        base = load_base_of(model, base_directory, torch.float32, CPU)
+        base = load_base_for(model, base_directory, torch.float32, CPU)
         _write_dequantized(base, directory)
         del base
         gc.collect()

@@ -19,7 +19,7 @@ from fedmomentum.base_model.checkpoint_files import read_config
 from fedmomentum.base_model.identity import BaseIdentity, identify
 from fedmomentum.errors import ModelError
 from fedmomentum.formats.adapter_base import write_adapter_base
-from fedmomentum.global_model.base_of import is_classifier
+from fedmomentum.global_model.base_loading import is_classifier
 from fedmomentum.global_model.card import NO_FACTS, CardFacts, write_card
 from fedmomentum.global_model.export_tokenizer import (
     copy_tokenizer,
@@ -35,7 +35,7 @@ from fedmomentum.lora.peft_folder import read_adapter, write_adapter
 if TYPE_CHECKING:
     from fedmomentum.global_model.model import GlobalModel
     from fedmomentum.global_model.objects import StoredObject
-    from fedmomentum.global_model.tuned import TunedModel
+    from fedmomentum.global_model.tuned_model import TunedModel
     from fedmomentum.linalg.matrix import Matrix
 
 CPU = torch.device("cpu")
@@ -150,9 +150,9 @@ def _reference_logits(model: GlobalModel, base_directory: Path, device: torch.de
     """Compute the logits of the run's model, and free it."""
     from fedmomentum.base_model.loading import tied_names
     from fedmomentum.base_model.quantization import find_unquantized
-    from fedmomentum.global_model.base_of import load_base_of
+    from fedmomentum.global_model.base_loading import load_base_for
 
-    base = load_base_of(model, base_directory, None, device)
+    base = load_base_for(model, base_directory, None, device)
     unquantized = find_unquantized(base)
     reference, _ = _compute_as_trained(model, base, base_directory, tied_names(base))
     del base
@@ -234,11 +234,11 @@ def _read_back_adapter(
     device: torch.device,
 ) -> float:
     """Load the written adapter with PEFT, and return the difference of its logits."""
-    from fedmomentum.global_model.base_of import load_base_of
+    from fedmomentum.global_model.base_loading import load_base_for
     from fedmomentum.global_model.readback import check_logits, logits_of
     from fedmomentum.lora.peft_model import load_with_peft, resize_for
 
-    base = load_base_of(model, base_directory, None, device)
+    base = load_base_for(model, base_directory, None, device)
     resize_for(base, model.adapter)
     adapted = load_with_peft(base, directory)
     logits = logits_of(adapted, reference.tokens)
@@ -285,11 +285,11 @@ def export_merged(
         AdapterError: If a tensor of `modules_to_save` has no place in the model.
     """
     from fedmomentum.base_model.loading import load_base, tied_names
-    from fedmomentum.global_model.base_of import load_base_of, num_labels
+    from fedmomentum.global_model.base_loading import load_base_for, num_labels
     from fedmomentum.global_model.dequantized_base import base_quantization
     from fedmomentum.global_model.model_files import round_weights, save_model
     from fedmomentum.global_model.readback import check_logits, logits_of, written_aside
-    from fedmomentum.global_model.tuned import TunedModel, write_down_ties
+    from fedmomentum.global_model.tuned_model import TunedModel, record_untied_weights
 
     require_empty_directory(out)
     model.base.check(_identity_of(model, base_directory))
@@ -297,7 +297,7 @@ def export_merged(
         return _export_dequantized(model, out, base_directory, dtype, device, tokenizer, facts)
 
     # Merge in float32, and compare with the model as it was trained.
-    base = load_base_of(model, base_directory, None, device)
+    base = load_base_for(model, base_directory, None, device)
     tied = tied_names(base)
     reference, live = _compute_as_trained(model, base, base_directory, tied)
     tuned = TunedModel(live, base_directory, model, tied)
@@ -309,7 +309,7 @@ def export_merged(
 
     with written_aside(out) as temporary:
         # Round, write, and free the model, so that only one is in memory.
-        write_down_ties(live)
+        record_untied_weights(live)
         round_weights(live, dtype)
         rounded_logits = logits_of(live, tokens)
         save_model(live, base_directory, temporary, dtype)

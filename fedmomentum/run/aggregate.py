@@ -17,7 +17,7 @@ from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.base_model.library_errors import translate_library_errors
 from fedmomentum.base_model.skeleton import Skeleton, load_skeleton
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
-from fedmomentum.global_model.base_of import base_of_adapter, is_classifier
+from fedmomentum.global_model.base_loading import base_of_adapter, is_classifier
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.matrix import rank_bound

@@ -29,7 +29,7 @@ from fedmomentum.run.setup import (
 from fedmomentum.run.task import check_task, require_labels
 from fedmomentum.run.training_checks import check_dropout, check_sampling, choose_optimizer_state
 from fedmomentum.server.callbacks import Callback
-from fedmomentum.server.round_parts import train_request
+from fedmomentum.server.round_data import train_request
 from fedmomentum.training.arguments import check_arguments
 from fedmomentum.training.optimizer import check_can_be_made
 from fedmomentum.utils.seeding import derive_seed

@@ -19,7 +19,7 @@ from fedmomentum.evaluation.teacher_forcing import evaluate as evaluate_examples
 from fedmomentum.evaluation.teacher_forcing import measure_reference
 from fedmomentum.formats.run_files import PartitionFile, read_facts
 from fedmomentum.formats.scores import NO_EXAMPLES, Score
-from fedmomentum.global_model.base_of import is_classifier
+from fedmomentum.global_model.base_loading import is_classifier
 from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.client_examples import held_out_order
 from fedmomentum.run.inference import (

@@ -14,9 +14,9 @@ from fedmomentum.client.loaded_base import identify_base
 from fedmomentum.config.toml import to_toml
 from fedmomentum.errors import ConfigError
 from fedmomentum.formats.directories import retained_rounds
+from fedmomentum.global_model.client_state_kinds import client_states
 from fedmomentum.global_model.export import export_adapter, export_merged
-from fedmomentum.global_model.start import check_fits
-from fedmomentum.global_model.states import client_states
+from fedmomentum.global_model.start_adapter import check_fits
 from fedmomentum.lora.half_precision import wire_dtype
 from fedmomentum.protocol.transport import InProcessTransport
 from fedmomentum.run.devices import DeviceTransport

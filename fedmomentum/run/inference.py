@@ -19,8 +19,8 @@ from fedmomentum.data.tokenization import prompt_token_ids
 from fedmomentum.errors import ConfigError, DataError, ModelError
 from fedmomentum.evaluation.generation import generate as generate_texts
 from fedmomentum.formats.run_files import EnvironmentFile, read_facts
-from fedmomentum.global_model.base_of import is_classifier, load_base_of
-from fedmomentum.global_model.tuned import TunedModel
+from fedmomentum.global_model.base_loading import is_classifier, load_base_for
+from fedmomentum.global_model.tuned_model import TunedModel
 from fedmomentum.run.saved_model import Result, choose_device, find_base, open_result
 from fedmomentum.run.setup import set_up_process
 from fedmomentum.run.tokenizers import tokenizer_of
@@ -91,7 +91,7 @@ class ModelPair:
         set_up_device(chosen, tf32=result.config is not None and result.config.model.tf32)
         setting = result.config.model.adapted_weights if result.config is not None else "auto"
         with translate_out_of_memory(f"{model.base.name} with what was trained does not fit"):
-            self.model = load_base_of(model, directory, pick_dtype(dtype, chosen), chosen)
+            self.model = load_base_for(model, directory, pick_dtype(dtype, chosen), chosen)
             weight_format = choose_weight_format(setting, self.model)
             self._tuned = TunedModel(self.model, directory, model, weight_format=weight_format)
         date = result.config.model.chat_date if result.config is not None else DEFAULT_DATE

@@ -25,7 +25,7 @@ from fedmomentum.formats.directories import (
     read_manifest,
     retained_rounds,
 )
-from fedmomentum.global_model.base_of import base_of_adapter
+from fedmomentum.global_model.base_loading import base_of_adapter
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.global_model.personal import PersonalFactors, check_factor, personal_states
 from fedmomentum.linalg.low_rank import LowRank

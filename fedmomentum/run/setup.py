@@ -19,11 +19,11 @@ from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.formats.directories import read_manifest, retained_rounds, round_file
 from fedmomentum.formats.run_files import RUN_LOG, SERVER_LOG
 from fedmomentum.formats.status_file import STATUS_FILE
-from fedmomentum.global_model.base_of import base_of_adapter
+from fedmomentum.global_model.base_loading import base_of_adapter
 from fedmomentum.global_model.client_state import ClientStateFiles
 from fedmomentum.global_model.local_moments import LocalMoments
 from fedmomentum.global_model.personal import personal_states
-from fedmomentum.global_model.start import start_from
+from fedmomentum.global_model.start_adapter import add_start_adapter
 from fedmomentum.lora.base_names import base_and_revision
 from fedmomentum.lora.hub_adapter import find_adapter
 from fedmomentum.lora.peft_folder import read_adapter
@@ -206,11 +206,13 @@ def read_start_adapter(config: Config) -> Adapter | None:
     """
     if config.lora.start_from is None:
         return None
-    given = read_adapter(config.lora.start_from, name="the adapter of lora.start-from")
-    own_name = base_and_revision(given)[0]
+    start_adapter = read_adapter(config.lora.start_from, name="the adapter of lora.start-from")
+    own_name = base_and_revision(start_adapter)[0]
     names = {config.model.name, os.path.realpath(config.model.name)}
     # A base that is identified by its content is checked when the run's base is at hand.
-    is_identified = base_of_adapter(find_adapter(config.lora.start_from), given).sha256 is not None
+    is_identified = (
+        base_of_adapter(find_adapter(config.lora.start_from), start_adapter).sha256 is not None
+    )
     if own_name and own_name not in names and not is_identified:
         LOG.warning(
             "lora.start-from names the base model %s, and model.name is %s; only if these are one "
@@ -218,23 +220,25 @@ def read_start_adapter(config: Config) -> Adapter | None:
             own_name,
             config.model.name,
         )
-    return given
+    return start_adapter
 
 
 def with_start_adapter(
-    given: Adapter | None, config: Config, method: Method, model: GlobalModel
+    start_adapter: Adapter | None, config: Config, method: Method, model: GlobalModel
 ) -> GlobalModel:
-    """Return the model of round 0 with the given adapter, if there is one.
+    """Return the model of round 0 with the adapter of `lora.start-from` added, if there is one.
 
     Raises:
         AdapterError: If it does not fit the run, or was trained on another base model.
     """
-    if given is None or config.lora.start_from is None:
+    if start_adapter is None or config.lora.start_from is None:
         return model
-    _check_start_base(base_of_adapter(find_adapter(config.lora.start_from), given), model.base)
-    return start_from(
+    _check_start_base(
+        base_of_adapter(find_adapter(config.lora.start_from), start_adapter), model.base
+    )
+    return add_start_adapter(
         model,
-        given,
+        start_adapter,
         is_merged=method.fresh or method.reads_base,
         is_mixed=config.lora.is_mixed or method.prunes,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.loading import load_tokenizer
 from fedmomentum.formats.directories import ADAPTER_CONFIG
-from fedmomentum.global_model.base_of import is_classifier
+from fedmomentum.global_model.base_loading import is_classifier
 
 if TYPE_CHECKING:
     from fedmomentum.run.saved_model import Result

@@ -42,9 +42,9 @@ from fedmomentum.formats.metrics_file import (
     parse_record_line,
 )
 from fedmomentum.formats.run_files import DATA
+from fedmomentum.global_model.client_state_kinds import client_states
 from fedmomentum.global_model.model import GlobalModel, object_names
 from fedmomentum.global_model.objects import object_size, prune_objects, read_object, save_objects
-from fedmomentum.global_model.states import client_states
 from fedmomentum.server.checkpoint_reader import CheckpointReader
 from fedmomentum.server.update_store import UpdateStore
 from fedmomentum.utils.io import json_bytes, write_atomically, write_json

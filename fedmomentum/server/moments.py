@@ -32,7 +32,7 @@ from fedmomentum.global_model.shared_moments import (
 )
 from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.protocol.messages import OPTIMIZER, Reply, TrainResult, train_result
-from fedmomentum.server.round_parts import TrainedRound, UploadedMoments
+from fedmomentum.server.round_data import TrainedRound, UploadedMoments
 from fedmomentum.server.screening import requested_steps
 from fedmomentum.training.arguments import TrainingFields
 from fedmomentum.training.step_bounds import ROUNDING as RATE_ROUNDING

@@ -20,7 +20,7 @@ from fedmomentum.server.round_metrics import (
 if TYPE_CHECKING:
     from fedmomentum.errors import LostRoundError
     from fedmomentum.global_model.model import GlobalModel
-    from fedmomentum.server.round_parts import Combined, TrainedRound
+    from fedmomentum.server.round_data import AggregatedRound, TrainedRound
     from fedmomentum.server.scoring import RoundEvaluation
 
 LOST_SUMS = "the sums of its round were lost, because too few clients were left to open them"
@@ -31,7 +31,7 @@ def round_record(
     model: GlobalModel,
     clients: list[str],
     trained: TrainedRound,
-    combined: Combined,
+    combined: AggregatedRound,
     evaluated: RoundEvaluation,
 ) -> RoundRecord:
     """Return a round's row of metrics, except for times and diagnostics.

@@ -21,7 +21,7 @@ from fedmomentum.protocol.sum_work import evaluation_work, training_work
 from fedmomentum.server.change_bound import change_bound, moment_terms
 from fedmomentum.server.kept_sums import KeptSums, TrainedParties
 from fedmomentum.server.reply_checks import check_ready
-from fedmomentum.server.round_parts import TrainedRound
+from fedmomentum.server.round_data import TrainedRound
 from fedmomentum.server.round_sums import RoundSums, SummedRound
 from fedmomentum.server.scoring import RoundEvaluation
 from fedmomentum.utils.seeding import derive_seed

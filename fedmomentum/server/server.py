@@ -24,14 +24,14 @@ from fedmomentum.server.moments import SharedOptimizer
 from fedmomentum.server.recording import base_record, round_record, unchanged_record
 from fedmomentum.server.replies import Replies
 from fedmomentum.server.reply_checks import check_aggregate, check_evaluation, check_ready
-from fedmomentum.server.round_metrics import PhaseTimer
-from fedmomentum.server.round_parts import (
-    Combined,
+from fedmomentum.server.round_data import (
+    AggregatedRound,
     TrainedRound,
     evaluate_request,
     probe_seed,
     train_request,
 )
+from fedmomentum.server.round_metrics import PhaseTimer
 from fedmomentum.server.round_steps import RoundSteps
 from fedmomentum.server.scoring import ExpectedProbes, RoundEvaluation, expected_probes, pool_scores
 from fedmomentum.server.screening import Screening
@@ -264,7 +264,7 @@ class Server:
 
     # ── aggregating ──
 
-    def _aggregate(self, server_round: int, trained: TrainedRound) -> Combined:
+    def _aggregate(self, server_round: int, trained: TrainedRound) -> AggregatedRound:
         """Combine the updates module by module with the run's method."""
         max_weight = self._config.federation.max_client_weight
         weights = trained.weights(max_weight)
@@ -287,7 +287,7 @@ class Server:
             # The stand-ins are float64 so that they lose nothing of the sums.
             result = result.to(torch.float32)
         check_aggregate(result, server_round)
-        return Combined(dict(zip(weights, result.weights.tolist(), strict=True)), result)
+        return AggregatedRound(dict(zip(weights, result.weights.tolist(), strict=True)), result)
 
     def _advance(self, result: AggregationResult) -> None:
         """Make the result the global model: train its adapter next, merge its residual."""

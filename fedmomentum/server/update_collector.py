@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fedmomentum.protocol.messages import Reply
     from fedmomentum.server.client_updates import UpdateReader
     from fedmomentum.server.moments import SharedOptimizer
-    from fedmomentum.server.round_parts import UploadedMoments
+    from fedmomentum.server.round_data import UploadedMoments
     from fedmomentum.server.screening import Screening
     from fedmomentum.server.update_store import UpdateStore
 

@@ -19,7 +19,7 @@ from fedmomentum.errors import AdapterError, ModelError
 from fedmomentum.global_model import export, model_files, readback
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.objects import StoredObject
-from fedmomentum.global_model.tuned import TunedModel
+from fedmomentum.global_model.tuned_model import TunedModel
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -303,7 +303,9 @@ def leftovers(folder):
 def test_a_merged_model_that_reads_back_as_another_is_refused(trained, tmp_path, monkeypatch):
     """As when the head is tied again, which is how tied models were once exported."""
     base, model = trained
-    monkeypatch.setattr("fedmomentum.global_model.tuned.write_down_ties", lambda model: None)
+    monkeypatch.setattr(
+        "fedmomentum.global_model.tuned_model.record_untied_weights", lambda model: None
+    )
     honest = model_files.save_model
 
     def one_tensor_for_both(live, base_directory, out, dtype):

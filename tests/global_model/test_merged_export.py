@@ -20,7 +20,7 @@ from fedmomentum.errors import FedMomentumError, ModelError
 from fedmomentum.global_model import model_files
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.objects import StoredObject
-from fedmomentum.global_model.tuned import TunedModel, write_down_ties
+from fedmomentum.global_model.tuned_model import TunedModel, record_untied_weights
 from fedmomentum.lora.peft_model import attach_adapter, copy_adapter
 from tests.families import FAMILIES, make_model, tokenizer
 from tests.tiny import tiny_llama
@@ -68,7 +68,7 @@ def merge_in_memory(model, base, dtype, out):
     tuned = TunedModel(live, base, model)
     assert not is_streamed(live) and tuned.base_weights.layers == owners
     tuned.apply()
-    write_down_ties(live)
+    record_untied_weights(live)
     kept = [*(live._keep_in_fp32_modules or ()), *(live._keep_in_fp32_modules_strict or ())]
     for name, tensor in [*live.named_parameters(), *live.named_buffers()]:
         is_kept = any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in kept)

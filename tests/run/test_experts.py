@@ -13,7 +13,7 @@ from fedmomentum.errors import AdapterError, ConfigError
 from fedmomentum.formats.adapter_base import write_adapter_base
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.model import GlobalModel
-from fedmomentum.global_model.start import start_from
+from fedmomentum.global_model.start_adapter import add_start_adapter
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.module_names import split_expert
 from fedmomentum.lora.peft_folder import read_adapter, write_adapter
@@ -189,7 +189,9 @@ def test_clients_of_lower_rank_train_the_leading_directions_of_the_adapter(
     for module, matrix in adapter.modules.items():
         canonical = matrix.canonical()
         modules[module] = LowRank((canonical.B * sizes)[:, order], canonical.A[order])
-    model = start_from(run.model, replace(adapter, modules=modules), is_merged=False, is_mixed=True)
+    model = add_start_adapter(
+        run.model, replace(adapter, modules=modules), is_merged=False, is_mixed=True
+    )
     for module, matrix in model.adapter.modules.items():
         ratio = adapter.scalings[module] / model.adapter.scalings[module]
         product = ratio * modules[module].dense()

@@ -19,7 +19,7 @@ from fedmomentum.base_model.loading import load_base
 from fedmomentum.base_model.quantization import ON_LOADING
 from fedmomentum.errors import AdapterError, ConfigError, ModelError, QuorumError
 from fedmomentum.formats.adapter_base import BASE_FILE
-from fedmomentum.global_model.base_of import load_base_of
+from fedmomentum.global_model.base_loading import load_base_for
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.global_model.model import GlobalModel
 from fedmomentum.linalg.low_rank import LowRank
@@ -216,7 +216,7 @@ def test_the_card_of_a_classifier_names_what_is_not_quantized(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     by_card = model_of_card(tmp_path / "adapter" / "README.md")
     assert type(by_card.get_base_model()).__name__.endswith("ForSequenceClassification")
-    own = load_base_of(model, Path(model.base.name), torch.float32, CPU)
+    own = load_base_for(model, Path(model.base.name), torch.float32, CPU)
     wanted = {path for path, _ in quantized_layers(own)}
     loaded = {
         path.removesuffix(".base_layer") for path, _ in quantized_layers(by_card.base_model.model)

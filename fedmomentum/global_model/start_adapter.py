@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fedmomentum.lora.adapter import Adapter
 
 
-def start_from(
-    model: GlobalModel, given: Adapter, *, is_merged: bool, is_mixed: bool
+def add_start_adapter(
+    model: GlobalModel, start_adapter: Adapter, *, is_merged: bool, is_mixed: bool
 ) -> GlobalModel:
     """Return the model of round 0 with the whole product of an adapter added to it.
 
@@ -30,7 +30,7 @@ def start_from(
 
     Args:
         model: The base model with the adapter that the method starts from.
-        given: The adapter to begin with.
+        start_adapter: The adapter to begin with.
         is_merged: Whether all of it is merged into the base, because the method starts from its own
             adapter.
         is_mixed: Whether clients have different ranks. Those of lower rank take the first
@@ -39,23 +39,23 @@ def start_from(
     Raises:
         AdapterError: If the adapter changes modules that the run does not adapt, or shapes differ.
     """
-    check_fits(model.adapter, given)
-    check_size(given)
+    check_fits(model.adapter, start_adapter)
+    check_size(start_adapter)
     modules = dict(model.adapter.modules)
     changes: dict[str, LowRank] = {}
-    for module, matrix in given.modules.items():
+    for module, matrix in start_adapter.modules.items():
         fresh = modules[module]
         if is_merged:
             tail = matrix
         else:
             head, tail = _divide(matrix, fresh, is_ordered=is_mixed)
-            ratio = given.scalings[module] / model.adapter.scalings[module]
+            ratio = start_adapter.scalings[module] / model.adapter.scalings[module]
             modules[module] = head.to(torch.float64).scaled(ratio).to(torch.float32)
         if tail.rank:
-            scaled = tail.to(torch.float64).scaled(given.scalings[module])
+            scaled = tail.to(torch.float64).scaled(start_adapter.scalings[module])
             changes[module] = scaled.to(torch.float32)
     saved = {
-        key: given.saved.get(key, tensor).to(tensor.dtype)
+        key: start_adapter.saved.get(key, tensor).to(tensor.dtype)
         for key, tensor in model.adapter.saved.items()
     }
     adapter = replace(model.adapter, modules=modules, saved=saved, name=ADAPTER_TITLE)
@@ -74,7 +74,7 @@ def _divide(matrix: LowRank, fresh: LowRank, *, is_ordered: bool) -> tuple[LowRa
     """Return factors with the rank of `fresh`, and the rest, of rank 0 if there is none.
 
     Args:
-        matrix: The given factors.
+        matrix: The factors of the adapter to start from.
         fresh: The factors of a new adapter.
         is_ordered: Whether the components must be singular directions, in descending order.
     """
@@ -87,18 +87,18 @@ def _divide(matrix: LowRank, fresh: LowRank, *, is_ordered: bool) -> tuple[LowRa
     return matrix.split_rank(fresh.rank)
 
 
-def check_fits(own_adapter: Adapter, given: Adapter) -> None:
+def check_fits(own_adapter: Adapter, start_adapter: Adapter) -> None:
     """Refuse an adapter that does not fit the run's modules.
 
     Args:
         own_adapter: The run's adapter; its tensors need not have values.
-        given: The adapter to begin with.
+        start_adapter: The adapter to begin with.
 
     Raises:
         AdapterError: If it adapts another module, or one of another shape.
     """
-    where = given.name
-    for module, matrix in given.modules.items():
+    where = start_adapter.name
+    for module, matrix in start_adapter.modules.items():
         own = own_adapter.modules.get(module)
         if own is None:
             raise AdapterError(
@@ -110,7 +110,7 @@ def check_fits(own_adapter: Adapter, given: Adapter) -> None:
                 f"{where}: {module} is {matrix.shape[0]} x {matrix.shape[1]}, and "
                 f"{own.shape[0]} x {own.shape[1]} in the base model; it is of another model"
             )
-    for key, tensor in given.saved.items():
+    for key, tensor in start_adapter.saved.items():
         saved = own_adapter.saved.get(key)
         if saved is None or saved.shape != tensor.shape:
             shape = "not trained" if saved is None else f"{tuple(saved.shape)}"

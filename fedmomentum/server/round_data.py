@@ -85,7 +85,7 @@ class TrainedRound:
 
 
 @dataclass(frozen=True)
-class Combined:
+class AggregatedRound:
     """The aggregate of a round's updates.
 
     Attributes:

@@ -243,7 +243,7 @@ class TunedModel:
                 config.vocab_size = sizes[0]
 
 
-def write_down_ties(model: PreTrainedModel) -> None:
+def record_untied_weights(model: PreTrainedModel) -> None:
     """Record in the model's configuration that its head does not share the embeddings' weight.
 
     A model whose head was trained separately must not be tied on loading, which the configuration

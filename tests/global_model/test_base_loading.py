@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fedmomentum.aggregation.aggregate import aggregate_adapters
 from fedmomentum.aggregation.methods.fedmomentum import FedMomentum
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
-from fedmomentum.global_model.base_of import num_labels
+from fedmomentum.global_model.base_loading import num_labels
 from fedmomentum.global_model.export import export_adapter, export_merged
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.adapter import Adapter

@@ -61,7 +61,7 @@ def base_of_adapter(directory: Path, adapter: Adapter) -> BaseIdentity:
     return BaseIdentity(name, adapter.config.get("revision"))
 
 
-def load_base_of(
+def load_base_for(
     model: GlobalModel, directory: Path, dtype: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
     """Load the base model of a global model.
