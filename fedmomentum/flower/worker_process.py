@@ -45,6 +45,7 @@ def load(setup: Mapping[str, str], send: Send) -> Answer:
     from fedmomentum.run.client_setup import prepare_client, smoke_test_task
     from fedmomentum.utils.process import quiet_libraries
 
+    # Load this client's model and data.
     store = Path(setup["store"])
     config_file = store / "config.toml"
     config_file.write_text(setup["config"])
@@ -53,6 +54,7 @@ def load(setup: Mapping[str, str], send: Send) -> Answer:
         client = prepare_client(config, setup["client_id"], store, callbacks=Reporter(send))
     if "key" in setup:
         client.party = node_party(config, setup["client_id"], Path(setup["key"]), store)
+    # Report to the node that this process is ready.
     info = WorkerInfo(
         num_train=len(client.train),
         num_test=len(client.test),

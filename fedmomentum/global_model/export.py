@@ -113,6 +113,7 @@ def export_adapter(
     from fedmomentum.global_model.readback import written_aside
 
     require_empty_directory(out)
+    # Compute the run's logits first, so that only one model is in memory at a time.
     reference = None
     if base_directory is not None:
         model.base.check(_identity_of(model, base_directory))

@@ -206,6 +206,7 @@ def _check_part(
         AdapterError: If it matches nothing, or something that cannot be adapted.
     """
     where = f"target-modules: {printable(shown, 200)}"
+    # Modules that are neither linear nor listed embeddings cannot be adapted.
     others = [path for path in model.others if is_target(path, part)]
     embeddings = _named_embeddings(model, part)
     others = [path for path in others if path not in embeddings]
@@ -225,6 +226,8 @@ def _check_part(
             )
         hint = suggestion(part[0], list(model.sizes))
         raise AdapterError(f"{where} is no linear module of {model.kind}{hint}")
+    # Of the modules that match, none may be trained in full or impossible to adapt, and at least
+    # one must be trained by adapting it.
     saved = [path for path in matched if reasons.get(path) == SAVED]
     if saved:
         raise AdapterError(

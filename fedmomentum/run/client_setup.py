@@ -68,6 +68,7 @@ def prepare_client(
         DataError: If data cannot be used.
         ModelError: If the base model cannot be loaded.
     """
+    # Check the settings before anything is read or loaded.
     refuse_devices(config)
     check_arguments(config.training.arguments)
     check_can_be_made(config.training, config.federation.num_rounds)
@@ -80,6 +81,7 @@ def prepare_client(
     check_dropout(config)
     function = training_function(config)
     set_up_process(config.run)
+    # Read only this client's data.
     if (files := config.data.client_files) and client_id in files:
         config = replace(
             config, data=replace(config.data, client_files={client_id: files[client_id]})
@@ -94,6 +96,7 @@ def prepare_client(
         raise ConfigError(
             f"the data is divided among {', '.join(data)}; this client is {client_id}"
         )
+    # Load the model, with this client's adapter.
     if local is None:
         callbacks.on_message(f"Loading {config.model.name}")
         client_lora = config.lora.for_client(client_id)

@@ -353,6 +353,7 @@ def _generating(
     pair: ModelPair, parts: Sequence[_Part], max_length: int, batch_size: int
 ) -> ModelComparison:
     """Score greedily generated answers; one is right if the task's own scorer gives full marks."""
+    # Leave room in the context for the longest reference answer, and a few tokens more.
     answer_lengths = [
         len(pair.tokenizer(e.completion).input_ids) for part in parts for e in part.examples
     ]
@@ -391,6 +392,7 @@ def _generating(
                 by_client[client] = by_client.get(client, NO_EXAMPLES) + one
         return Scored(total, by_client)
 
+    # First with the base weights, then with the tuned weights applied to the same model.
     base = measured()
     with pair.tuned():
         tuned = measured()

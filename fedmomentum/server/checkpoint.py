@@ -131,8 +131,9 @@ class RunDirectory:
             ModelError: If anything was damaged or altered, or is missing; the message names it, and
                 an intact older round if there is one.
         """
+        # Choose the round: the requested one, or the last.
         rounds = retained_rounds(self.path)
-        asked = server_round
+        requested_round = server_round
         if server_round is None:
             check_last_round(self.path, rounds[-1] if rounds else -1)
             server_round = rounds[-1] if rounds else -1
@@ -141,6 +142,7 @@ class RunDirectory:
                 f"{self.path} keeps the rounds {rounds}; round {server_round} is not among them"
             )
         lines = self._reader.lines()
+        # Without a checkpoint, there may be one row of metrics: that of an interrupted round 0.
         if server_round == -1:
             if len(lines) > 1:
                 raise ModelError(
@@ -150,9 +152,12 @@ class RunDirectory:
                 )
             self._sweep()
             return None
+        # Read and check everything before anything is deleted.
         try:
             manifest, model, state = self._reader.read(server_round)
-            self._reader.check_lines(lines, manifest, None if asked is None else rounds[-1])
+            self._reader.check_lines(
+                lines, manifest, None if requested_round is None else rounds[-1]
+            )
         except FormatError:
             raise
         except FedMomentumError as error:

@@ -110,6 +110,7 @@ class SharedOptimizer:
         shapes = {}
         if self._has_second or self._is_full:
             shapes = factor_shapes(start, self._method.trained_factors(server_round))
+        # Clients send either full moments, or only the row and column means of second moments.
         total = 0.0
         if self._is_full:
             moments = decode_moments(tensors, shapes, name)
@@ -130,6 +131,7 @@ class SharedOptimizer:
         else:
             for means in decode_means(tensors, shapes, name).values():
                 total += float(means.rows.double().mean() * len(means.rows) * len(means.columns))
+        # Second moments are averages of squared gradients, which clipping bounds.
         if total > self.second_total(previous, start):
             raise PayloadError(
                 f"{name}: its second moments add up to {total:.3g}; gradients that are clipped "

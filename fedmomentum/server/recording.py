@@ -45,9 +45,11 @@ def round_record(
         combined: The aggregate of the updates.
         evaluated: The clients' scores.
     """
+    # The figures on single clients, or those that the sums of a secure round give.
     training = trained.replies
     weights = combined.weights if trained.summed is None else {}
     trainings = client_trainings(training.replies, weights, trained.ranks)
+    # The figures on the aggregation, including the rounding of the adapter for clients.
     sum_energies = energies(combined.result, model)
     is_float32 = model.adapter_dtype == torch.float32
     rounding = 0.0 if is_float32 else rounding_error(combined.result.adapter, model.adapter)

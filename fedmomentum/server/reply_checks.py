@@ -139,6 +139,7 @@ def check_evaluation(
     name = f"client {reply.client_id}"
     result = reply.answer
     assert isinstance(result, EvaluateResult)  # the answer to a request to evaluate
+    # The tensors: only what was requested.
     check_measurements(reply.tensors, num_modules, name)
     if extra := sorted(reply.tensors.keys() - {SECONDS, BASE_PROBES, EFFECTIVE_PROBES}):
         raise PayloadError(f"{name}: tensor {extra[0]!r} was not asked for")
@@ -146,6 +147,7 @@ def check_evaluation(
     if share is not None and abs(share) > MAX_LOSS:
         raise PayloadError(f"{name}: its applied_share is {share:g}; wanted a fraction")
     total, compared = result.total, result.compared
+    # A client without held-out examples sends no scores at all.
     if total is None or compared is None:
         if total is not None or compared is not None or result.by_category:
             raise PayloadError(
@@ -153,6 +155,7 @@ def check_evaluation(
                 "or none"
             )
         return
+    # Each score by itself, then the scores against one another and against the request.
     for score in (total, compared, *result.by_category.values()):
         _check_score(score, name)
         _check_margin(score, name, of_pairs=of_pairs)
