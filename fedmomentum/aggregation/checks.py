@@ -45,6 +45,7 @@ def check_updates(updates: ClientUpdates, rank: int) -> None:
 
 
 def _check_weights(weights: Tensor, num_clients: int) -> None:
+    """Reject weights that are not one positive number for each update, with sum 1."""
     if tuple(weights.shape) != (num_clients,):
         raise ValueError(
             f"one weight a client: got {num_clients} updates and weights of {tuple(weights.shape)}"
@@ -58,6 +59,7 @@ def _check_weights(weights: Tensor, num_clients: int) -> None:
 
 
 def _check_finite(updates: ClientUpdates) -> None:
+    """Reject updates that contain NaN or Inf."""
     # A sum propagates NaN and Inf, so sums check all elements fastest, with one device transfer.
     dtype = torch.promote_types(updates[0].dtype, torch.float32)
     sums = []

@@ -120,6 +120,7 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
         return len(truncated)
 
     def _is_cut_before_an_answer(self, request: Instance, where: str) -> bool:
+        """Return whether a prompt leaves too little room for the longest possible answer."""
         prompt, settings = request.args
         room = self.max_length - settings["max_gen_toks"]
         if room < 1:
@@ -132,6 +133,7 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
         return bool(len(ids) > room)
 
     def _is_cut_before_a_choice(self, request: Instance, where: str) -> bool:
+        """Return whether a prompt and a choice together exceed the context length."""
         prompt, choice = request.args
         prompt_ids, choice_ids = self._encode_pair(prompt, choice)
         check_token_ids(self.model, [prompt_ids, choice_ids], where)
@@ -190,6 +192,7 @@ class BenchmarkModel(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> torch.Tensor:
+        """Generate greedily, and count the answers that the maximum length truncates."""
         # Decode greedily without the model's own penalties, but keep its end tokens.
         ends = self.model.generation_config.eos_token_id
         end_ids = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

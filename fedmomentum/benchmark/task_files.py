@@ -147,6 +147,7 @@ class TaskFile(Schema, frozen=True, kw_only=True):
         self._check_texts(is_choice)
 
     def _check_texts(self, is_choice: bool) -> None:
+        """Reject templates in the description, unusable filters and invalid regular expressions."""
         # lm-eval would render it without a sandbox.
         if "{{" in self.description or "{%" in self.description or "{#" in self.description:
             raise ValueError("description: no template; a plain text")

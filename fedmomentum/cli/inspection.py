@@ -71,6 +71,7 @@ def _adapter_facts(adapter: Adapter) -> Iterator[Row]:
 
 
 def _model_facts(directory: Path, model: GlobalModel) -> Iterator[Row]:
+    """Yield facts about a global model: its round, method, base model and objects."""
     rounds = retained_rounds(directory)
     yield "kind", "run" if rounds else "global model"
     if rounds:

@@ -289,6 +289,7 @@ def _online_cell(client: ClientStatus) -> Text:
 
 
 def _status_title(status: StatusFile, now: float) -> str:
+    """Describe a run's phase, what it waits for, and whether the status is out of date."""
     has_ended = status.phase == "ended"
     age = now - status.written
     title = "before the first round"

@@ -320,6 +320,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
 
 
 def _scores_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
+    """Return a table of each method's last and best scores."""
     table = Table(
         name_column(),
         *number_columns(f"{comparison.measure}, last", "best", "loss, last", "best"),
@@ -340,6 +341,7 @@ def _scores_table(summaries: Sequence[MethodSummary], comparison: Comparison) ->
 
 
 def _differences_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
+    """Return a table of each method's paired differences from the baseline."""
     baseline = comparison.baseline
     title = f"Difference to {baseline}, paired by seed, [95 % t-interval]"
     columns = number_columns("seeds", f"{comparison.measure}, points", "loss")
@@ -358,6 +360,7 @@ def _differences_table(summaries: Sequence[MethodSummary], comparison: Compariso
 
 
 def _cost_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> Table:
+    """Return a table of the rounds, bytes and time until each method reaches the target."""
     table = Table(
         name_column(),
         *number_columns("reached by", "rounds", "sent, both ways", "time"),

@@ -187,6 +187,7 @@ class Client(ClientSumWork):
         version: str = "",
         cached_objects: set[str] | frozenset[str] = frozenset(),
     ) -> bytes:
+        """Encode the reply to a task, leaving out what this client withholds."""
         is_secure = self.party is not None
         is_withheld = is_secure or self.private is not None
         reply = Reply(

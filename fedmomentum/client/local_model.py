@@ -114,6 +114,7 @@ class LocalModel:
         self._weight_probes = WeightProbes(self.base_weights)
 
     def _attach(self, base: Any, lora: LoraConfig, targets: Targets, seed: int) -> PeftModel:
+        """Attach a new adapter with these settings to a base model."""
         return attach_adapter(
             base,
             rank=lora.rank,

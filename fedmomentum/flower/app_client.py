@@ -50,6 +50,7 @@ def _name(context: Context) -> str:
 
 
 def _answer(payload: bytes, timeout: float, context: Context) -> bytes:
+    """Answer a task: in this process if it stays alive, else in the node's warm worker."""
     node = read_node(context.run_config, context.node_config)
     name = _client_name(node, context)
     if _process_lives_on():

@@ -160,6 +160,7 @@ class FleetClient:
     def _call_repeatedly(
         self, method: Callable[[Any], Any], request: Any, delays: Sequence[float | None]
     ) -> Any:
+        """Make a request; after a network error, wait for the next delay and try again."""
         for delay in delays:
             if self._lost or self._stop.is_set():
                 raise ConnectionLost(self._lost or "closed")
@@ -305,6 +306,7 @@ class FleetClient:
             raise ConnectionLost(f"a reply could not be sent: {_shown(error)}") from error
 
     def _push(self, reply: Message) -> None:
+        """Send a reply as Flower does: first its envelope, then its content, object by object."""
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             objects = get_all_nested_objects(reply)

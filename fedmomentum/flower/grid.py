@@ -83,6 +83,7 @@ class SuperLinkGrid(Grid):
         return [self._push(message) for message in messages]
 
     def _push(self, message: Message) -> str:
+        """Store a message, and return its id; an empty id if the link state does not accept it."""
         with no_object_id_recompute():
             message.metadata.__dict__["_message_id"] = message.object_id
             # store the message without its content, which follows object by object

@@ -73,6 +73,7 @@ def simulate(
     callback_list = CallbackList(callbacks)
 
     def run(grid: Grid, context: Context) -> None:
+        """Run the federation; keep an error, which Flower would only log."""
         try:
             transport = FlowerTransport(
                 grid,

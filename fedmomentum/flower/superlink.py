@@ -190,6 +190,7 @@ class SuperLink:
             return dict(self._nodes)
 
     def _read_admitted(self) -> None:
+        """Add newly admitted nodes, and remove those that are no longer admitted."""
         admitted = read_admitted_nodes(self._keys)
         for file, problem in admitted.problems.items():
             if self._reported_problems.get(file) != problem:

@@ -117,6 +117,7 @@ class Worker:
         return self._request(Frame.TASK + payload, timeout)
 
     def _request(self, frame: bytes, timeout: float) -> bytes:
+        """Send a frame once the worker is ready, and return the body of its reply."""
         end = time.monotonic() + timeout
         self.start()
         if self._info is None:
@@ -147,6 +148,7 @@ class Worker:
                 return body
 
     def _next_frame(self, end: float) -> tuple[bytes, bytes]:
+        """Return the next frame; if none arrives in time, restart the worker."""
         try:
             while True:
                 remaining = end - time.monotonic()

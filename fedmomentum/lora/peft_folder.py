@@ -85,6 +85,7 @@ def from_peft_tensors(
 
 
 def _read_config(directory: Path, name: str) -> dict[str, Any]:
+    """Read adapter_config.json, whose fields are checked later."""
     file = directory / "adapter_config.json"
     if not directory.exists():
         where = name if name == str(directory) else f"{name}: {directory}"
@@ -101,6 +102,7 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
 
 
 def _read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
+    """Read adapter_model.safetensors, checking names and shapes before any tensor."""
     file = directory / "adapter_model.safetensors"
     if not file.is_file():
         if (directory / PICKLED_FILE).exists():

@@ -289,6 +289,7 @@ def _kind(client: ClientStatus, now: float) -> str:
 
 
 def _client_row(name: str, status: StatusFile, kind: str) -> ClientRow:
+    """Return a client's row of the clients table."""
     client = status.clients[name]
     reason = shorten(printable(client.reason), REASON_LENGTH) if client.reason else ""
     # A client may be fine by now but still too slow.

@@ -172,6 +172,7 @@ def _points(runs: Sequence[RunResults], *, sends: bool) -> tuple[RoundPoint, ...
 
 
 def _run_points(run: RunResults) -> list[RoundPoint]:
+    """Return one point per round of a run, with the bytes and seconds up to that round."""
     points = []
     num_bytes = 0.0
     seconds = 0.0

@@ -77,6 +77,7 @@ def summarize_methods(comparison: Comparison) -> list[MethodSummary]:
 def _summarize(
     comparison: Comparison, method: str, baseline_runs: dict[int, MethodRun]
 ) -> MethodSummary:
+    """Summarize one method over its seeds."""
     runs = comparison.runs_of(method)
 
     # Differences from the baseline, paired by seed.

@@ -106,6 +106,7 @@ class RunResults:
 
 
 def _read(directory: Path, may_be_empty: bool) -> RunResults:
+    """Read all files of a run, and check that they belong together."""
     # Read each file, checked by its own type.
     try:
         config_text = _read_text(directory / "config.toml")

@@ -224,6 +224,7 @@ def _plan(
     memory_bytes: int,
     warnings: Sequence[str],
 ) -> Plan:
+    """Assemble the plan, with a warning if the residual makes the downlink large."""
     uplink, downlink = traffic.uplink, traffic.downlink
     if method.residual_rank and downlink > WIDE_DOWNLINK * uplink:
         wide = f"the residual makes the downlink up to {downlink / uplink:.1f} times the uplink"

@@ -100,6 +100,7 @@ class Inbox:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
+        """Queue frames until the pipe closes; runs in its own thread."""
         while True:
             frame: bytes | None = None
             try:

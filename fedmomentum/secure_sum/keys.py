@@ -98,6 +98,7 @@ class SumKeys:
         return self._derive(seed, "commitment", party)
 
     def _derive(self, secret: bytes, purpose: str, *context: bytes | str) -> bytes:
+        """Derive a key for one purpose and context from a secret, by HKDF."""
         # The digest covers the whole plan; what distinguishes sums is also included explicitly.
         plan = self.plan
         info = joined(

@@ -230,6 +230,7 @@ class SumServer:
         return outbox
 
     def _take_values(self, party: str, data: bytes, name: str) -> Schema:
+        """Add a party's masked values to the total."""
         size = self._plan.size
         masked = decode_message(data, MaskedValues, name, 4 * size + MAX_REPLY_BYTES)
         if len(masked.values) != 4 * size:
@@ -241,6 +242,7 @@ class SumServer:
         return MaskedValues(values=b"")
 
     def _take_endorsement(self, party: str, data: bytes, name: str) -> Endorsement:
+        """Verify a party's signature of the list of survivors."""
         endorsement = decode_message(data, Endorsement, name, MAX_REPLY_BYTES)
         self._check_names([endorsement.party], [party], name)
         statement = survivors_statement(
@@ -250,6 +252,7 @@ class SumServer:
         return endorsement
 
     def _take_opening(self, party: str, data: bytes, name: str) -> Opening:
+        """Check a party's opened shares against the hashes of the shares that it was given."""
         opening = decode_message(data, Opening, name, MAX_REPLY_BYTES)
         self._check_names([share.party for share in opening.shares], self._masked, name)
         # A wrong share would spoil the sum, so drop a party that opens one; the others suffice.

@@ -86,6 +86,7 @@ class RunDirectory:
         self.updates = UpdateStore(self.path / "updates")
 
     def _locked(self) -> IO[str]:
+        """Create the directories and return the open lock file, which no other process holds."""
         for part in (
             self.path,
             self.path / "rounds",

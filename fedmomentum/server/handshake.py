@@ -302,6 +302,7 @@ def _check_tensors(
 
 
 def _check_settings(settings: Mapping[str, Any], lora: LoraConfig, name: str) -> None:
+    """Check that a client's adapter has the rank, alpha and scaling rule of the run."""
     check_config(settings, name)
     if settings.get("auto_mapping") is not None:
         raise AdapterError(

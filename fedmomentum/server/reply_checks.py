@@ -189,6 +189,7 @@ def _check_categories(result: EvaluateResult, total: Score, name: str) -> None:
 
 
 def _check_score(score: Score, name: str) -> None:
+    """Refuse a score whose counts or likelihood are impossible."""
     if score.num_exact > score.num_examples:
         raise PayloadError(
             f"{name}: {score.num_exact} exact matches of {score.num_examples} examples"

@@ -348,6 +348,7 @@ def _reason(
     ratio: float,
     max_ratio: float,
 ) -> str:
+    """Return the error message for a client whose update is rejected."""
     what = (
         "its update"
         if part == _ADAPTER

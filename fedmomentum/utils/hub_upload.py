@@ -131,6 +131,7 @@ def upload(directory: Path, destination: Destination, message: str) -> str:
 
 
 def _upload(directory: Path, destination: Destination, message: str) -> str:
+    """Create the repository, then upload and delete files in a single commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()

@@ -116,6 +116,7 @@ class _FactorizedGram(NamedTuple):
 
 
 def _factorize(G: Tensor) -> _FactorizedGram:
+    """Scale a Gram matrix to unit vectors, factorize it, and estimate its condition."""
     lengths = G.diagonal().sqrt()
     is_positive = bool((lengths > 0).all())
     if not is_positive or not _is_normal(G.diagonal(), MAX_DIAGONAL[G.dtype]):

@@ -185,6 +185,7 @@ def _side(sides: PerFactor | None, factor: str) -> float | None:
 
 
 def _residual_norm_plot(rounds: Rounds) -> Plot | None:
+    """Plot the norms of the residual and of what is carried over, relative to the sum."""
     residual = finite((record.round, scaled(record.residual_norm, 100)) for record in rounds)
     carried = finite((record.round, scaled(record.carried_norm, 100)) for record in rounds)
     if not any(value for _, value in carried):

@@ -71,6 +71,7 @@ def difference_plots(comparison: Comparison, summaries: Sequence[MethodSummary])
 def _difference_plot(
     comparison: Comparison, summaries: Sequence[MethodSummary], figure: DifferenceFigure
 ) -> Plot | None:
+    """Plot one score's differences from the baseline, one line per method."""
     # For methods that have a difference: its estimate, and each seed's value.
     estimates: dict[str, MeanEstimate] = {}
     for summary in summaries:
@@ -212,6 +213,7 @@ def _draw_client_dots(
     method: str,
     position: int,
 ) -> None:
+    """Draw one method's dots, one per client."""
     x = []
     y = []
     for row, client in enumerate(shown):
