@@ -220,7 +220,7 @@ def median():
 
 def test_the_added_method_is_new_and_obeys_the_contract(median):
     assert type(median).__name__.lower() not in METHODS
-    contract.test_is_a_method(median)
+    contract.test_it_is_a_method_that_says_whether_it_is_exact(median)
     contract.test_declarations_are_consistent(median)
     contract.test_law_2_a_single_client_is_returned_unchanged(median)
     contract.test_law_2_clients_that_agree_get_what_they_agree_on(median)

@@ -90,7 +90,7 @@ def float_tolerance(method, dtype) -> float:
 
 
 @every
-def test_is_a_method(method):
+def test_it_is_a_method_that_says_whether_it_is_exact(method):
     assert isinstance(method, Method) and isinstance(method.exact, bool)
 
 

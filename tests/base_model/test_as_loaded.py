@@ -197,7 +197,7 @@ def test_output_and_gradient_are_those_of_one_dense_weight(
     assert float((x.grad.float() - reference.grad).norm() / reference.grad.norm()) < tolerance
 
 
-def test_one_rounding_not_two(tmp_path):
+def test_a_16_bit_output_is_rounded_once_not_twice(tmp_path):
     """A 16-bit output is the float32 sum rounded once: a branch beside a rounded output would be lost in it."""
     weights, layer, name = held(tmp_path, "bias")
     parts = residuals(weights, name, 1)

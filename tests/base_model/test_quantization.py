@@ -110,7 +110,7 @@ def test_a_directory_that_is_quantized_already_loads_as_it_is(folder, tmp_path, 
         load(path, kind)
 
 
-def test_quantized_transposed_weights(tmp_path):
+def test_transposed_weights_are_quantized_by_bitsandbytes_only(tmp_path):
     """GPT-2 stores `(in, out)`; bitsandbytes turns it, torchao does not know such layers."""
     folder = tiny_gpt2(tmp_path / "gpt2")
     stored = load_file(folder / "model.safetensors")

@@ -212,7 +212,7 @@ def test_ctrl_c_in_a_comparison_prints_how_to_resume(folder, tmp_path, call, mon
     assert f"fedmomentum compare {file} --methods fedit,flora --out {tmp_path / 'out'}" in err
 
 
-def test_aggregate(adapters, tmp_path, call):
+def test_aggregate_writes_a_global_model_of_the_weighted_sum(adapters, tmp_path, call):
     base, (one, two) = adapters
     code, printed, err = call(
         "aggregate", one, two, "--weights", "3,1", "--rank", "3", "--out", tmp_path / "global"

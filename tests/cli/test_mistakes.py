@@ -186,7 +186,7 @@ def cli_config(job):
     return load_config(job)
 
 
-def test_the_version(call):
+def test_version_prints_the_installed_version(call):
     from importlib.metadata import version
 
     assert call("--version") == (0, f"fedmomentum {version('fedmomentum')}\n", "")

@@ -66,7 +66,7 @@ def test_ledger_shows_runs_and_their_sum(tmp_path, call):
         assert f"spent: epsilon {total} at delta 0.001" in printed
 
 
-def test_mistakes_end_with_2(tmp_path, call):
+def test_mistakes_exit_with_code_2(tmp_path, call):
     for path, message in (
         (tmp_path / "none.json", "there is no ledger"),
         (tmp_path, "holds no ledger"),

@@ -52,7 +52,7 @@ def test_any_text_round_trips(tmp_path_factory, text):
     assert reloaded.data.client_column == text
 
 
-def test_overrides(tmp_path):
+def test_overrides_replace_the_files_values(tmp_path):
     file = write(tmp_path, '[data]\nsource = "reasoning-gym"\n')
     config = load_config(
         file,

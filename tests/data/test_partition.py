@@ -160,7 +160,7 @@ def test_share_covers_and_stays_within_one_of_the_proportions(count, proportions
         assert abs(len(part) - count * proportion / sum(proportions)) < 1 + 1e-9
 
 
-def test_share_is_unbiased():
+def test_division_in_proportion_is_unbiased():
     rng = np.random.default_rng(0)
     counts = np.mean(
         [[len(part) for part in divide_in_proportion([0], [1, 2, 1], rng)] for _ in range(4000)],

@@ -153,7 +153,7 @@ ANSWER = {"role": "assistant", "content": "hello"}
         ({"question": "hi", "answer": "hello", "id": 3}, (USER,), "hello"),
     ],
 )
-def test_formats(row, prompt, completion):
+def test_each_row_format_gives_its_prompt_and_completion(row, prompt, completion):
     (example,) = to_examples(rows_of(row))
     assert (example.prompt, example.completion, example.category) == (prompt, completion, "")
 

@@ -132,7 +132,7 @@ def test_the_paths_are_those_of_the_link(stranger):
         "/v1/fleet/pull-messages%2f",
     ],
 )
-def test_nothing_else_gets_through(stranger, path):
+def test_paths_other_than_the_fleet_services_are_404(stranger, path):
     answer = stranger.client.post(path, content=b"")
     assert answer.status_code == 404 and b"nginx" in answer.content
 

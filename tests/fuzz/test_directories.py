@@ -234,7 +234,7 @@ def runs(tmp_path_factory):
     return found
 
 
-def test_mutated_run_directories(runs, tmp_path):
+def test_mutated_run_directories_are_refused_or_read_as_meant(runs, tmp_path):
     (config, whole), (_, other) = runs
     tried = Tried(run_readers(config, whole), whole)
     assert tried.wanted["resume"] is not None and tried.wanted["reported"] == {"tensorboard": 3}
@@ -289,7 +289,7 @@ def small_adapter(shapes, *, seed: int, rank: int = 2) -> Adapter:
     return Adapter(modules, dict.fromkeys(modules, 2.0), {}, config, f"adapter {seed}")
 
 
-def test_mutated_global_models(tmp_path):
+def test_mutated_global_models_are_refused_or_read_as_meant(tmp_path):
     model_folder, other = tmp_path / "whole", tmp_path / "other"
     global_model_of(0).save(model_folder)
     global_model_of(1).save(other)
@@ -311,7 +311,7 @@ def test_mutated_global_models(tmp_path):
 # ── comparisons ──
 
 
-def test_mutated_comparisons(runs, tmp_path):
+def test_mutated_comparisons_are_refused_or_read_as_meant(runs, tmp_path):
     """The file itself: its runs are tried above."""
     from fedmomentum.utils.io import write_json
     from fedmomentum.utils.records import with_checksum
@@ -432,7 +432,7 @@ ODD_PATTERNS = (
 )
 
 
-def test_mutated_adapters(tmp_path):
+def test_mutated_adapters_are_refused_or_read_as_peft_reads_them(tmp_path):
     """An adapter has no checksum: what is taken must be an adapter that PEFT would read in the same sense.
 
     So a mutation that is accepted is compared to an independent reading of what the mutated files

@@ -209,7 +209,7 @@ WIRES += [("fedmomentum", "float16"), ("fedmomentum", "bfloat16"), ("hetlora", "
 
 
 @pytest.mark.parametrize(("name", "dtype"), WIRES)
-def test_every_methods_replies(tmp_path, name, dtype):
+def test_a_run_survives_mutated_replies_of_every_method(tmp_path, name, dtype):
     """The tensors of a reply depend on the method and the wire: none lets a lie through that another refuses."""
     config = tiny_config(
         tmp_path,

@@ -382,7 +382,7 @@ def test_recipes_from_elsewhere_are_checked():
             parse_json(json.dumps(bad), Recipe, "a task")
 
 
-def test_recipes_stay_few():
+def test_the_number_of_recipes_is_bounded():
     """What a client would have to look through is bounded, whatever a run has had."""
     names = [f"{number:064x}" for number in range(201)]
     many = [

@@ -207,7 +207,7 @@ def test_float64_stays_with_the_exact_svd():
 @pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e18])
 @pytest.mark.parametrize("balance", [1, -1])
 @pytest.mark.parametrize("shape", [(200, 150), (40, 60)])
-def test_tiny_and_huge_numbers(scale, balance, shape):
+def test_tiny_and_huge_numbers_take_a_fast_path_exactly(scale, balance, shape):
     updates = [
         LowRank(u.B * scale, u.A * scale**balance)
         for u in clients(shape, (8,) * 6, dtype=torch.float32, condition=3)
@@ -216,7 +216,7 @@ def test_tiny_and_huge_numbers(scale, balance, shape):
 
 
 @pytest.mark.parametrize("factor", ["B", "A"])
-def test_denormal_numbers(factor):
+def test_denormal_numbers_are_decomposed_by_the_full_svd(factor):
     updates = clients((200, 150), (4,) * 4, dtype=torch.float32)
     updates = [
         LowRank(u.B * (1e-40 if factor == "B" else 1), u.A * (1e-40 if factor == "A" else 1))

@@ -331,7 +331,7 @@ def test_more_clients_than_can_be_drawn(tmp_path):
     )  # all of them and the total
 
 
-def test_only_the_base_model(tmp_path):
+def test_a_page_with_only_the_base_model_says_so(tmp_path):
     one = page(tmp_path, [row(0, CLIENTS, TASKS)], num_rounds=5)
     check(one)
     assert "0 of 5 rounds are finished" in one.text
@@ -401,7 +401,7 @@ def test_what_is_not_finite_was_never_written_and_is_refused(tmp_path, value):
         page(tmp_path, rows, CLIENTS[:2], TASKS[:2])
 
 
-def test_one_client_without_categories(tmp_path):
+def test_a_page_of_one_client_without_categories_leaves_both_out(tmp_path):
     one = page(tmp_path, [row(r, ["only"], [""]) for r in range(2)], ["only"], [""])
     check(one)
     assert "fine‑tuned by 1 client\n" in one.text
@@ -466,7 +466,7 @@ def test_global_settings_of_matplotlib_are_left_alone(tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_missing_folder(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ModelError):
         write_report(tmp_path / "nowhere")
 

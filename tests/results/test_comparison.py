@@ -69,7 +69,7 @@ def cells(tmp_path):
     return tuple(found)
 
 
-def test_summary_by_hand(tmp_path):
+def test_means_and_spreads_equal_those_computed_by_hand(tmp_path):
     one, two = summarize_methods(Comparison("x", cells(tmp_path), "one", 0.5))
     assert (one.method, two.method, two.seeds) == ("one", "two", (0, 1, 2))
     assert one.exact_match.mean == pytest.approx(0.2) and one.exact_match.spread == pytest.approx(

@@ -51,7 +51,7 @@ def test_a_plan_is_read_with_all_of_its_fields():
     assert read == {field.name for field in fields(Plan)}
 
 
-def test_no_folder(tmp_path):
+def test_a_missing_run_directory_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no run directory .*nowhere"):
         RunResults.load(tmp_path / "nowhere")
 
@@ -120,7 +120,7 @@ def test_damaged_row_is_named_by_its_line(folder, line):
 
 
 @pytest.mark.parametrize("content", ["", "\n", '{"round": 0'])
-def test_no_row_yet(folder, content):
+def test_a_run_without_a_finished_row_is_refused(folder, content):
     (folder / "metrics.jsonl").write_text(content)
     with pytest.raises(DataError, match="no finished row"):
         RunResults.load(folder)

@@ -52,6 +52,6 @@ def test_data_without_categories_has_no_row_for_them():
     assert mixed == ["total", "category", "category", "client"]
 
 
-def test_natural_order():
+def test_natural_order_puts_2_before_10():
     names = ["client-10", "client-2", "10", "9", "", "client"]
     assert sorted(names, key=natural_order) == ["", "9", "10", "client", "client-2", "client-10"]

@@ -167,7 +167,7 @@ def test_invalid_seeds_are_refused(text):
         parse_seeds(text)
 
 
-def test_seeds():
+def test_seeds_are_parsed_in_the_order_given():
     assert parse_seeds("3,0, 7") == [3, 0, 7]
 
 

@@ -137,7 +137,7 @@ def vectors():
     }
 
 
-def test_vectors():
+def test_fixed_keys_give_the_recorded_masks():
     """Fixed keys give fixed masks, in every release of this protocol and of its libraries."""
     assert vectors() == VECTORS
 

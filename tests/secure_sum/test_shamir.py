@@ -59,7 +59,7 @@ def test_data_that_is_not_a_field_element_is_refused():
         split_secret(bytes(32), 4, 3)
 
 
-def test_vector(monkeypatch):
+def test_shares_are_the_values_of_the_polynomial(monkeypatch):
     """Secret 5, polynomial 5 + 7 x + 11 x^2."""
     drawn = iter([7, 11])
     monkeypatch.setattr(shamir.secrets, "randbelow", lambda _: next(drawn))

@@ -24,5 +24,5 @@ def test_a_list_passes_every_hook_on(hook):
     assert calls == [("first", arguments), ("second", arguments)]
 
 
-def test_the_hooks_are_found():
+def test_every_hook_of_callback_is_found():
     assert "on_round_end" in HOOKS and len(HOOKS) == 13

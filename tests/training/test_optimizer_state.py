@@ -368,7 +368,7 @@ def test_moments_that_overflow_in_training_are_refused():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_behind(llama, fails):
+def test_training_from_moments_leaves_no_optimizer_and_no_global_state(llama, fails):
     model, tokens = new_model(llama).eval(), tokens_of(llama)
     moments = random_moments(model)
     if fails:

@@ -180,7 +180,7 @@ def test_only_what_is_trainable_changes_and_it_learns(folder):
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-def test_steps_epochs_and_progress(folder):
+def test_epochs_are_rounded_up_to_steps_and_each_step_is_reported(folder):
     tokens, seen = tokens_of(folder, 10), []
     settings = DEFAULTS | {"local_steps": None, "local_epochs": 1.5}
     report = train(new_model(folder), tokens, **settings, on_step=lambda *step: seen.append(step))
@@ -278,7 +278,7 @@ def test_gradient_checkpointing_changes_nothing_and_ends_with_the_call(folder):
         torch.testing.assert_close(adapter_of(checkpointed)[name], value, atol=1e-6, rtol=1e-5)
 
 
-def test_nothing_is_left_behind(folder, tmp_path, monkeypatch, capfd):
+def test_training_leaves_no_files_output_or_global_state(folder, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)

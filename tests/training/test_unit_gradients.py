@@ -71,7 +71,7 @@ def test_sum_is_the_formula_to_1e_10(max_rows):
     [(CAUSAL_LM, {}), (DPO(0.3), {"pairs": True}), (SequenceClassification(("a", "b", "c")), {})],
     ids=["sft", "dpo", "classification"],
 )
-def test_every_objective_in_float32(objective, kind):
+def test_clipped_sums_of_every_objective_equal_the_formula(objective, kind):
     labels = 3 if isinstance(objective, SequenceClassification) else 0
     model = lora_model(classes=labels)
     rows = random_rows(**kind, labels=labels)
@@ -186,7 +186,7 @@ def test_rounding_errors_of_a_canceling_gradient_are_not_taken_for_coupling(
         gradients.check_rows_are_independent()
 
 
-def test_refused_by_name():
+def test_unsupported_layers_are_refused_by_name():
     model = lora_model()
     check_layers(model)
     model.base_model.model.lm_head.to(torch.bfloat16)
