@@ -67,7 +67,7 @@ class AsLoadedWeights:
                 self._slots[module] = slot
             else:
                 others[module] = layers[module]
-        self._wide = Float32Weights(others, directory, tied, model)
+        self._float32_weights = Float32Weights(others, directory, tied, model)
         # A quantized weight is defined by what it dequantizes to, so it is not compared.
         unquantized = {name: slot for name, slot in self._slots.items() if not slot.is_quantized}
         self._stored = PretrainedWeights(unquantized, directory, tied, model)
@@ -82,7 +82,7 @@ class AsLoadedWeights:
     def shape(self, module: str) -> tuple[int, int]:
         """Return `(out, in)` of a module's weight."""
         slot = self._slots.get(module)
-        return self._wide.shape(module) if slot is None else slot.shape
+        return self._float32_weights.shape(module) if slot is None else slot.shape
 
     # ── pretrained weights ──
 
@@ -95,7 +95,9 @@ class AsLoadedWeights:
         modules = list(modules)
         for module, stored in self._iterate_stored(m for m in modules if m in self._slots):
             yield module, stored.to(device="cpu", dtype=torch.float32)
-        yield from self._wide.iterate_pretrained(m for m in modules if m not in self._slots)
+        yield from self._float32_weights.iterate_pretrained(
+            m for m in modules if m not in self._slots
+        )
 
     def _iterate_stored(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield modules and the stored weights they were loaded from, dequantized if necessary."""
@@ -111,7 +113,7 @@ class AsLoadedWeights:
         """Remove all branches."""
         for forward in self._forwards.values():
             forward.branch = EMPTY
-        self._wide.reset()
+        self._float32_weights.reset()
         self._applied_names = ([], None)
 
     def apply(self, base_update: Sequence[MergedPart], own: MergedPart | None = None) -> None:
@@ -133,7 +135,7 @@ class AsLoadedWeights:
         # Rebuild the 8-bit sum only if it has changed.
         is_same_sum = self._applied_names is not None and names[0] == self._applied_names[0]
         self._applied_names = None
-        self._wide.apply([self._share_of_wide(part) for part in parts])
+        self._float32_weights.apply([self._float32_part(part) for part in parts])
         for module, forward in self._forwards.items():
             dense = forward.branch.dense if is_same_sum else None
             forward.branch = EMPTY  # frees the old one
@@ -158,18 +160,18 @@ class AsLoadedWeights:
         like = torch.empty(0, dtype=slot.dtype, device=slot.device)
         return make_branch(merged, added, slot.shape, like, dense)
 
-    def _share_of_wide(self, part: MergedPart) -> MergedPart:
-        """Return a part's matrices for the modules that are held in float32."""
-        layers = self._wide.layers
+    def _float32_part(self, part: MergedPart) -> MergedPart:
+        """Restrict a part to the modules whose weights are in float32."""
+        layers = self._float32_weights.layers
         matrices = {name: matrix for name, matrix in part.matrices.items() if name in layers}
-        return _Share(part.name, matrices)
+        return _RestrictedPart(part.name, matrices)
 
     # ── what the forward computes with ──
 
     def probe(self, module: str, U: Tensor, X: Tensor, scratch: Tensor | None = None) -> Tensor:
         """Compute `diag(U^T (W + D) X)` for the weight as loaded and its branch."""
         if module not in self._slots:
-            return self._wide.probe(module, U, X, scratch)
+            return self._float32_weights.probe(module, U, X, scratch)
         branch = self._forwards[module].branch
         return probe(self._slots[module].loaded(), U, X, scratch) + branch.probe(U, X, scratch)
 
@@ -177,20 +179,20 @@ class AsLoadedWeights:
         """Return columns `(in, n)` on the layer's device, in the dtype of its products."""
         slot = self._slots.get(module)
         if slot is None:
-            return self._wide.inputs(module, X)
+            return self._float32_weights.inputs(module, X)
         return X.to(device=slot.device, dtype=slot.dtype)
 
     def outputs(self, module: str, X: Tensor) -> Tensor:
         """Return `(W + D) X` as computed by the layer's forward, before rounding."""
         if module not in self._slots:
-            return self._wide.outputs(module, X)
+            return self._float32_weights.outputs(module, X)
         forward = self._forwards[module]
         return forward.outputs(X, forward.branch)
 
     def pretrained_outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what `outputs` returns without branches."""
-        wide = {module: X for module, X in inputs.items() if module not in self._slots}
-        outputs = self._wide.pretrained_outputs(wide)
+        float32_inputs = {module: X for module, X in inputs.items() if module not in self._slots}
+        outputs = self._float32_weights.pretrained_outputs(float32_inputs)
         for module, X in inputs.items():
             if module in self._slots:
                 outputs[module] = self._forwards[module].outputs(X, EMPTY)
@@ -198,7 +200,7 @@ class AsLoadedWeights:
 
 
 @dataclass(frozen=True)
-class _Share:
+class _RestrictedPart:
     """A `MergedPart` restricted to some modules."""
 
     name: str

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedmomentum.base_model.weights import BaseWeights, MergedPart
 from fedmomentum.linalg.low_rank import LowRank
-from fedmomentum.linalg.probes import BLOCK_ELEMENTS, applied_share, probe, probe_vectors, times
+from fedmomentum.linalg.probes import BLOCK_ELEMENTS, applied_fraction, probe, probe_vectors, times
 from fedmomentum.lora.live_layers import LoraLayer
 
 # Module path to the probe vectors U `(out, num_probes)` and X `(in, num_probes)`.
@@ -92,7 +92,7 @@ class WeightProbes:
             changes[module] = outputs - expected.pretrained[module]
             if module in fixed_residual:
                 changes[module] -= times(fixed_residual[module], X.to("cpu", torch.float64))
-        return applied_share(changes, expected.merged)
+        return applied_fraction(changes, expected.merged)
 
     def _expected(self, base_update: Sequence[MergedPart], seed: int) -> _Expected:
         """Measure the pretrained weights and the merged parts, once for all clients of a round."""

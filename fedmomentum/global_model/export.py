@@ -28,7 +28,7 @@ from fedmomentum.global_model.export_tokenizer import (
 )
 from fedmomentum.global_model.single_adapter import to_single_adapter
 from fedmomentum.linalg.low_rank import LowRank
-from fedmomentum.linalg.probes import AppliedShare
+from fedmomentum.linalg.probes import AppliedFraction
 from fedmomentum.lora.adapter import Adapter, to_tensors
 from fedmomentum.lora.peft_folder import read_adapter, write_adapter
 
@@ -368,7 +368,7 @@ def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype)
     """Return the fraction of the change that survives rounding the weights to `dtype`."""
     from fedmomentum.base_model.streamed_weights import StreamedWeights
 
-    share = AppliedShare()
+    fraction = AppliedFraction()
     assert isinstance(tuned.base_weights, StreamedWeights)
     for module in tuned.base_weights.layers:
         pretrained = tuned.base_weights.pretrained(module)
@@ -378,7 +378,7 @@ def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype)
         for first in range(0, len(merged), ROWS):
             rows = slice(first, first + ROWS)
             change = merged[rows].to(dtype).double() - pretrained[rows].to(dtype).double()
-            share.add(change, _rows_of(effective, rows))
+            fraction.add(change, _rows_of(effective, rows))
     for before, after in tuned.saved:
         if not after.is_floating_point():
             continue
@@ -386,8 +386,8 @@ def _applied_fraction(model: GlobalModel, tuned: TunedModel, dtype: torch.dtype)
         start = torch.zeros_like(after)
         start[tuple(slice(0, size) for size in before.shape)] = before
         change = after.to(dtype).double() - start.to(dtype).double()
-        share.add(change.cpu(), (after.double() - start.double()).cpu())
-    return share.value
+        fraction.add(change.cpu(), (after.double() - start.double()).cpu())
+    return fraction.value
 
 
 def _rows_of(matrix: Matrix, rows: slice) -> Tensor:

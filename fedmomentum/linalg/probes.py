@@ -126,21 +126,21 @@ def relative_rms(error: Mapping[str, Tensor], size: Mapping[str, Tensor]) -> flo
     return 0.0 if numerator == 0 else math.inf
 
 
-def applied_share(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+def applied_fraction(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     """Return the fraction of a change that arrived: `<got, wanted> / <wanted, wanted>`.
 
     The inner products sum over all probes of all modules. The result is 1 if the whole change
     arrived, and less if rounding swallowed some. It is also 1 if nothing was wanted, so never NaN.
     """
-    share = AppliedShare()
+    fraction = AppliedFraction()
     for module, change in wanted.items():
-        share.add(got[module], change)
-    return share.value
+        fraction.add(got[module], change)
+    return fraction.value
 
 
 @dataclass
-class AppliedShare:
-    """The fraction of a change that arrived, accumulated tensor by tensor; see `applied_share`."""
+class AppliedFraction:
+    """The fraction of a change that arrived, accumulated over tensors; see `applied_fraction`."""
 
     numerator: float = 0.0
     denominator: float = 0.0

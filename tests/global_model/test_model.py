@@ -19,7 +19,7 @@ from fedmomentum.global_model.export import to_single_adapter
 from fedmomentum.global_model.objects import StoredObject, object_file
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.matrix import to_dense
-from fedmomentum.linalg.probes import applied_share, probe, probe_vectors
+from fedmomentum.linalg.probes import applied_fraction, probe, probe_vectors
 from fedmomentum.lora.adapter import Adapter
 from fedmomentum.utils.records import with_checksum
 from fedmomentum.utils.tensors import read_safetensors, safetensors_bytes
@@ -294,7 +294,7 @@ def test_fifty_rounds_of_small_residuals_arrive(tmp_path, make, dtype):
         naive += (small.dense().T if make is tiny_gpt2 else small.dense()).to(dtype)
     U, X = probe_vectors(module, shape, 0)
     got = probe(held.weight(module).double() - held.pretrained(module), U, X)
-    assert applied_share({"": got}, {"": probe(wanted, U, X)}) == pytest.approx(1, abs=0.01)
+    assert applied_fraction({"": got}, {"": probe(wanted, U, X)}) == pytest.approx(1, abs=0.01)
     assert error(held.weight(module).double() - held.pretrained(module).double(), wanted) < 1e-3
     if dtype == torch.bfloat16:
         start = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).get_submodule(module).weight

@@ -118,7 +118,7 @@ def test_other_kinds_of_modules(tmp_path, family):
     run = start(config_of(tmp_path, lora=lora), tmp_path / "run", function=None)
     assert_everything_arrives(tmp_path / "run")
     held = run.local.base_weights
-    in_float32 = {name for name in held.layers if name in held._wide.layers}
+    in_float32 = {name for name in held.layers if name in held._float32_weights.layers}
     without_branch = {"mixtral": "experts", "parameters": "v_proj"}.get(family, "none")
     assert in_float32 == {name for name in held.layers if without_branch in name}
     # What is measured is what there is: all of it, and without anything merged nothing.
