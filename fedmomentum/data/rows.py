@@ -114,14 +114,6 @@ class Rows:
             self._values[name] = list(self._columns[name]())
         return self._values[name]
 
-    def to_list(self) -> list[dict[str, Any]]:
-        """Return all rows with all of their columns."""
-        columns = [self[name] for name in self.column_names]
-        rows = []
-        for values in zip(*columns, strict=True):
-            rows.append(dict(zip(self.column_names, values, strict=True)))
-        return rows
-
 
 def read_rows(
     source: str | Path,

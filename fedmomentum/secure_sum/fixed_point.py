@@ -30,17 +30,6 @@ def count_block(name: str, size: int, num_parties: int) -> Block:
     return Block(name=name, size=size, bound=float(largest_integer(num_parties)))
 
 
-def sum_error(block: Block, num_parties: int, num_survivors: int) -> float:
-    """Return the maximum error of an element of the decoded sum.
-
-    Args:
-        block: The block that contains the element.
-        num_parties: The number of parties that the sum was planned for.
-        num_survivors: The number of parties whose values are included.
-    """
-    return 0.5 * num_survivors * block.bound / largest_integer(num_parties)
-
-
 def rounding_variance(block: Block, num_parties: int, num_survivors: int) -> float:
     """Return the variance of the rounding error of an element of the decoded sum.
 

@@ -25,11 +25,11 @@ from fedmomentum.aggregation.product_from_sums import (
 from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.linalg.matrix import to_dense
-from fedmomentum.secure_sum.fixed_point import count_block, sum_error
+from fedmomentum.secure_sum.fixed_point import count_block
 from fedmomentum.secure_sum.messages import Block, SumPlan, min_threshold
 from fedmomentum.secure_sum.server import SumServer
 from tests.helpers import valid_updates
-from tests.secure_sum.sums import make_parties, roster, run_sum
+from tests.secure_sum.sums import make_parties, roster, run_sum, sum_error
 
 OUT, IN, RANK = 14, 11, 3
 SCALING = 2.5

@@ -4,6 +4,7 @@ import pytest
 
 from fedmomentum.data import read_rows
 from fedmomentum.errors import DataError
+from tests.data.dicts import as_dicts
 
 WANTED = [{"question": "a, b?", "answer": "c; d"}, {"question": "e", "answer": "f"}]
 
@@ -24,7 +25,7 @@ WANTED = [{"question": "a, b?", "answer": "c; d"}, {"question": "e", "answer": "
 )
 def test_delimiters_blank_lines_and_row_numbers_are_recognized(text, tmp_path):
     (tmp_path / "D.CSV").write_bytes(text.encode())
-    assert read_rows(tmp_path / "D.CSV").to_list() == WANTED
+    assert as_dicts(read_rows(tmp_path / "D.CSV")) == WANTED
 
 
 def test_the_other_lines_decide_where_the_header_does_not(tmp_path):

@@ -8,6 +8,7 @@ from fedmomentum.config.data import DataConfig
 from fedmomentum.data import read_rows
 from fedmomentum.data.client_data import load_clients
 from fedmomentum.errors import DataError
+from tests.data.dicts import as_dicts
 
 
 def rows(name, number=3):
@@ -40,7 +41,7 @@ def test_lists_by_client_are_the_clients(tmp_path):
 
 def test_one_object_is_one_row(tmp_path):
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    assert read_rows(write(tmp_path, chat)).to_list() == [chat]
+    assert as_dicts(read_rows(write(tmp_path, chat))) == [chat]
     assert read_rows(write(tmp_path, {"question": "a", "answer": "b"})).num_rows == 1
     pair = {"chosen": chat["messages"], "rejected": chat["messages"]}
     assert load_error(write(tmp_path, pair)).endswith("drop the row")

@@ -8,6 +8,7 @@ import pytest
 from fedmomentum.data import read_rows, to_examples
 from fedmomentum.data.label_columns import column_texts
 from fedmomentum.errors import DataError
+from tests.data.dicts import as_dicts
 
 ROWS = [
     {"question": "1 + 1?", "answer": "2", "topic": "sum"},
@@ -49,7 +50,7 @@ def write_as(kind, folder):
     "kind", ["jsonl", "json", "json lines in .json", "csv", "parquet", "folder", "splits"]
 )
 def test_each_kind_of_source_gives_the_same_rows(kind, tmp_path):
-    assert read_rows(write_as(kind, tmp_path)).to_list() == ROWS
+    assert as_dicts(read_rows(write_as(kind, tmp_path))) == ROWS
 
 
 def test_split_of_a_saved_folder(tmp_path):
@@ -65,7 +66,7 @@ def test_lines_end_only_at_newlines(tmp_path):
     assert read_rows(path)["question"] == ["a\u2028b\x85c"]
     path = tmp_path / "d.csv"
     path.write_text('question,answer\na\u2028b,"two\nlines, one value"\n', encoding="utf-8")
-    assert read_rows(path).to_list()[0] == {
+    assert as_dicts(read_rows(path))[0] == {
         "question": "a\u2028b",
         "answer": "two\nlines, one value",
     }
@@ -128,7 +129,7 @@ def test_hub_data_set_is_read_with_the_split(monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, split: rows_of({"name": name, "split": split})
     )
-    assert read_rows("owner/set", split="dev").to_list() == [{"name": "owner/set", "split": "dev"}]
+    assert as_dicts(read_rows("owner/set", split="dev")) == [{"name": "owner/set", "split": "dev"}]
 
 
 USER, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "be brief"}

@@ -23,6 +23,7 @@ from fedmomentum.data.rows import Rows
 from fedmomentum.errors import DataError
 from fedmomentum.protocol import messages
 from fedmomentum.utils import schema
+from tests.data.dicts import as_dicts
 from tests.data.test_client_data import load_clients
 
 PLAIN = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
@@ -308,7 +309,7 @@ def test_long_texts_and_line_ends_within_a_value_are_kept_to_the_letter(tmp_path
     (tmp_path / "d.csv").write_bytes(
         f'question,answer\r\n"{long}","two\r\nlines, ""quoted"""\r\n'.encode()
     )
-    assert read_rows(tmp_path / "d.csv").to_list() == [
+    assert as_dicts(read_rows(tmp_path / "d.csv")) == [
         {"question": long, "answer": 'two\r\nlines, "quoted"'}
     ]
 

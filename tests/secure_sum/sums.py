@@ -6,11 +6,17 @@ from functools import lru_cache
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedmomentum.secure_sum.fixed_point import largest_integer
 from fedmomentum.secure_sum.journal import PartyJournal
 from fedmomentum.secure_sum.messages import Block, SumPlan, min_threshold
 from fedmomentum.secure_sum.party import Identity, SumParty
 from fedmomentum.secure_sum.roster import Roster
 from fedmomentum.secure_sum.server import SumServer
+
+
+def sum_error(block: Block, num_parties: int, num_survivors: int) -> float:
+    """The maximum error of an element of the decoded sum: half a step for each party included."""
+    return 0.5 * num_survivors * block.bound / largest_integer(num_parties)
 
 
 @lru_cache

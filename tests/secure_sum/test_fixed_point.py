@@ -9,9 +9,9 @@ from fedmomentum.secure_sum.fixed_point import (
     decode,
     encode,
     largest_integer,
-    sum_error,
 )
 from fedmomentum.secure_sum.messages import Block
+from tests.secure_sum.sums import sum_error
 
 BLOCKS = [Block(name="B", size=4, bound=0.25), Block(name="A", size=2, bound=3e4)]
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from fedmomentum.errors import SecureSumError
 from fedmomentum.secure_sum import party as party_module
 from fedmomentum.secure_sum import shamir
-from fedmomentum.secure_sum.fixed_point import sum_error
 from fedmomentum.secure_sum.messages import (
     Advertisements,
     Block,
@@ -35,6 +34,7 @@ from tests.secure_sum.sums import (
     plain_sum,
     roster,
     run_sum,
+    sum_error,
     until,
 )
 
