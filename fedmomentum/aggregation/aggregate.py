@@ -348,7 +348,7 @@ def _module_ranks(adapters: Sequence[Adapter], rank: int | None) -> dict[str, in
 
     Args:
         adapters: The adapters.
-        rank: The rank that is asked for; None for the largest of the adapters.
+        rank: The rank that is requested; None for the largest of the adapters.
 
     Raises:
         AdapterError: If it is larger than the full rank of every module.

@@ -149,7 +149,7 @@ class SecureWork:
         work = self._work(request)
         if work is not None and plan.work != work:
             raise SecureSumError(
-                f"{plan.title} is over other work than this client was asked for; it takes no "
+                f"{plan.title} is over other work than this client was asked to do; it takes no "
                 "part, because values of different work do not hide one another. An honest server "
                 "asks all clients of a round for the same"
             )

@@ -227,5 +227,5 @@ class _Parts:
         """
         if self._remaining:
             raise PayloadError(
-                f"{self._name}: optimizer tensor {min(self._remaining)} was not asked for"
+                f"{self._name}: optimizer tensor {min(self._remaining)} was not requested"
             )

@@ -111,7 +111,7 @@ def attach_adapter(
     differing = sorted({weight_path(name) for name in layers} ^ wanted)
     if differing:
         raise AdapterError(
-            f"{differing[0]} is adapted by PEFT or asked for in target-modules or "
+            f"{differing[0]} is adapted by PEFT or requested in target-modules or "
             "target-parameters, and not both"
         )
     for module, layer in layers.items():

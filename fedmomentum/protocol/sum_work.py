@@ -3,7 +3,7 @@
 A sum hides a client's values only among others of the same kind. If a server could have all clients
 but one train at a learning rate of nearly zero, or start from another model, the sum would be that
 one's own update (Pasquini et al., Eluding Secure Aggregation in Federated Learning via Model
-Inconsistency, arXiv 2111.07380). So each client hashes what it was asked for, and takes part only
+Inconsistency, arXiv 2111.07380). So each client hashes what it was asked to do, and takes part only
 in a sum whose plan has this hash. Keys and signatures depend on the plan, so clients that were sent
 different plans have no sum together.
 

@@ -115,7 +115,7 @@ class PlannedRun:
         num_rounds = self.config.federation.num_rounds
         if num_finished > num_rounds:
             raise ConfigError(
-                f"{self.directory} has {num_finished} rounds and {num_rounds} are asked for; "
+                f"{self.directory} has {num_finished} rounds and {num_rounds} are requested; "
                 "choose another --out"
             )
         return num_finished == num_rounds

@@ -86,7 +86,7 @@ class ModelPair:
                 directory,
                 result.path,
             )
-        # Use the run's device and precision, unless others are asked for.
+        # Use the run's device and precision, unless others are requested.
         chosen = choose_device(result, settings.device)
         set_up_device(chosen, tf32=result.config is not None and result.config.model.tf32)
         setting = result.config.model.adapted_weights if result.config is not None else "auto"

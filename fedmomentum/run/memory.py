@@ -123,7 +123,7 @@ def choose_placement(config: Config, outline: ModelOutline) -> Placement:
     """Return how a configuration holds its model.
 
     Raises:
-        ModelError: If float32 is asked for, but the weights are quantized.
+        ModelError: If float32 is requested, but the weights are quantized.
     """
     quantization = outline.quantization or config.model.quantization
     on_gpu = outline.device.type != "cpu"

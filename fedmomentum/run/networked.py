@@ -147,7 +147,7 @@ def _check_roster(config: Config, roster: Roster | None, server_round: int | Non
     """Refuse secure aggregation without a roster of keys, or with rounds to be redone.
 
     Raises:
-        ConfigError: If either is asked for.
+        ConfigError: If either is requested.
     """
     is_secure = config.privacy.secure_aggregation
     if is_secure and roster is None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LENGTH_STEP = 64
 """`data.max-length` is a multiple of this."""
 MAX_LENGTH = 2048
-"""Longer examples must be asked for, because their cost grows quadratically."""
+"""Longer examples must be requested explicitly, because their cost grows quadratically."""
 MAX_STEPS = 50
 BATCH_SIZE = 8
 HELD_OUT = 0.1

@@ -116,7 +116,7 @@ class UpdateReader:
         unexpected = sorted(decoded.keys() & unchanged.keys())
         if unexpected:
             raise PayloadError(
-                f"{name}: tensor {unexpected[0]} was not asked for; this round takes "
+                f"{name}: tensor {unexpected[0]} was not requested; this round takes "
                 f"{self._uploads}"
             )
         update = from_tensors(decoded | unchanged, like=start, name=name)

@@ -152,7 +152,7 @@ def _ask(
             _check_description(reply, config.lora)
             if reply.tensors and not adapter:
                 raise PayloadError(
-                    f"client {client}: its description holds tensors; none were asked for"
+                    f"client {client}: its description holds tensors; none were requested"
                 )
             replies[client] = reply
     return dict(sorted(replies.items())), collected.failures

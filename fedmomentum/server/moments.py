@@ -100,7 +100,7 @@ class SharedOptimizer:
 
         Raises:
             PayloadError: If a tensor is missing, unexpected or malformed, the number of steps or
-                the sum of their learning rates is not what was asked for, or second moments are
+                the sum of their learning rates is not what was requested, or second moments are
                 larger than clipped gradients allow; the message names the client.
         """
         name = f"client {reply.client_id}"
@@ -150,7 +150,7 @@ class SharedOptimizer:
         of its own.
 
         Raises:
-            PayloadError: If they are not those of the work that was asked for.
+            PayloadError: If they are not those of the work that was requested.
         """
         hyperparameters = self._training.hyperparameters(server_round, self._num_rounds)
         num_asked = requested_steps(num_examples, hyperparameters)
@@ -161,7 +161,7 @@ class SharedOptimizer:
             largest_sum = LARGEST_RATE_SUM
         if not fewest <= result.num_steps <= num_asked:
             raise PayloadError(
-                f"{name}: it reports {result.num_steps} steps; {num_asked} were asked for, and to "
+                f"{name}: it reports {result.num_steps} steps; {num_asked} were requested, and to "
                 "share the optimizer's moments they must be made"
             )
         if not 0 < result.learning_rate_sum <= largest_sum:

@@ -52,11 +52,11 @@ def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: st
 
     Args:
         tensors: The reply's tensors.
-        num_modules: Number of probed modules; 0 if no probes were asked for.
+        num_modules: Number of probed modules; 0 if no probes were requested.
         name: The client, for the message.
 
     Raises:
-        PayloadError: If one of them is missing, was not asked for, or has a wrong dtype, shape or
+        PayloadError: If one of them is missing, was not requested, or has a wrong dtype, shape or
             range.
     """
     wanted: dict[str, tuple[tuple[int, ...], float]] = {SECONDS: ((2,), MAX_SECONDS)}
@@ -64,7 +64,7 @@ def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: st
         if num_modules:
             wanted[key] = ((num_modules, NUM_PROBES), MAX_PROBE)
         elif key in tensors:
-            raise PayloadError(f"{name}: tensor {key} was not asked for")
+            raise PayloadError(f"{name}: tensor {key} was not requested")
     for key, (shape, largest) in wanted.items():
         values = tensors.get(key)
         size = " x ".join(map(str, shape))
@@ -128,8 +128,8 @@ def check_evaluation(
 
     Args:
         reply: The client's reply to an `EvaluateRequest`.
-        num_examples: The maximum number of examples asked for.
-        num_modules: Number of probed modules; 0 if no probes were asked for.
+        num_examples: The maximum number of examples requested.
+        num_modules: Number of probed modules; 0 if no probes were requested.
         of_pairs: Whether the run compares pairs of answers.
         labels: The labels of a classifier.
 
@@ -142,7 +142,7 @@ def check_evaluation(
     # The tensors: only what was requested.
     check_measurements(reply.tensors, num_modules, name)
     if extra := sorted(reply.tensors.keys() - {SECONDS, BASE_PROBES, EFFECTIVE_PROBES}):
-        raise PayloadError(f"{name}: tensor {extra[0]!r} was not asked for")
+        raise PayloadError(f"{name}: tensor {extra[0]!r} was not requested")
     share = result.applied_share
     if share is not None and abs(share) > MAX_LOSS:
         raise PayloadError(f"{name}: its applied_share is {share:g}; wanted a fraction")
@@ -168,7 +168,7 @@ def check_evaluation(
     if total.num_examples > num_examples:
         raise PayloadError(
             f"{name}: a score over {total.num_examples} examples; at most {num_examples} were "
-            "asked for"
+            "requested"
         )
     _check_categories(result, total, name)
     for key in ("num_examples", "num_exact", "num_tokens"):
@@ -231,7 +231,7 @@ def _check_margin(score: Score, name: str, *, of_pairs: bool) -> None:
 
 
 def _check_labels(score: Score, labels: Collection[str], name: str) -> None:
-    """Refuse counts by label that are missing, not asked for, or of unknown labels."""
+    """Refuse counts by label that are missing, not requested, or of unknown labels."""
     if bool(score.by_label) != bool(labels and score.num_examples):
         wanted = "counts for each label" if labels else "none: this run trains no classifier"
         raise PayloadError(
@@ -283,6 +283,6 @@ def check_ready(reply: Reply) -> None:
     """
     if reply.tensors:
         raise PayloadError(
-            f"client {reply.client_id}: tensor {min(reply.tensors)[:200]!r} was not asked for; "
+            f"client {reply.client_id}: tensor {min(reply.tensors)[:200]!r} was not requested; "
             "updates are summed under masks"
         )

@@ -17,7 +17,7 @@ class RoundSteps:
     Screening and diagnostics look at single clients' updates, so masked sums rule out both.
 
     Attributes:
-        screening: Leave out updates that are too large for the work that was asked for.
+        screening: Leave out updates that are too large for the work that was requested.
         diagnostics: Measure how each client moved.
         update_filter: Changes the result of the sum before it becomes the model; the same filter
             also has a hook that runs on the clients.

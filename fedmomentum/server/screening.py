@@ -1,4 +1,4 @@
-"""Which clients' updates are too large to come from the training that was asked for.
+"""Which clients' updates are too large to come from the training that was requested.
 
 Honest clients differ in how far they move: one with 360 examples makes 45 steps in an epoch, one
 with 8 examples a single step, and different ranks, scalings, modules or learning rates change the

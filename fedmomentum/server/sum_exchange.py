@@ -87,7 +87,7 @@ class SumExchange:
         """Collect the replies to a step's messages; return the clients with valid ones, sorted."""
         messages = server.messages()
         limit = MAX_REPLY_BYTES + PAYLOAD_MARGIN + 4 * plan.size
-        # Replies from before a kill are not asked for again.
+        # Replies from before a kill are not requested again.
         replied = set()
         ended = None
         if kept is not None:

@@ -6,7 +6,7 @@ import resource
 from dataclasses import dataclass
 
 MAX_OPEN_FILES = 65536
-"""The limit of open files that is asked for; more connections than this are never needed."""
+"""The limit of open files that is requested; more connections than this are never needed."""
 MAX_CONNECTIONS = 4096
 """Connections in total, where the limit of open files allows it."""
 

@@ -321,7 +321,7 @@ def test_finished_cells_are_not_run_again_and_killed_ones_resume(
     assert not more[0].is_finished()
     execute_run(more[1])
     assert len(timeless(more[1].directory)) == 4 and more[1].is_finished()
-    with pytest.raises(ConfigError, match="has 3 rounds and 2 are asked for"):
+    with pytest.raises(ConfigError, match="has 3 rounds and 2 are requested"):
         planned_runs[1].is_finished()
 
 

@@ -191,7 +191,7 @@ def test_an_unrequested_factor_is_refused_by_name(folder, tmp_path):
     lying = partial(altered(more, "train"), honest=found["site1"])
     run_federation(InProcessTransport({**found, "site1": lying}), config, tmp_path / "run")
     reason = timeless(tmp_path / "run")[1]["failures"]["site1"]
-    assert "lora_A.weight was not asked for; this round takes B" in reason
+    assert "lora_A.weight was not requested; this round takes B" in reason
 
 
 def test_a_party_with_another_method_is_left_out_with_the_reason(folder, tmp_path):

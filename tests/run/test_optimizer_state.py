@@ -364,9 +364,9 @@ def test_replies_with_other_moments_are_left_out_by_name(folder, tmp_path, chang
 @pytest.mark.parametrize(
     ("state", "changes", "message"),
     [
-        ("shared", {"num_steps": 10**6}, "it reports 1000000 steps; 2 were asked for"),
-        ("shared", {"num_steps": 2**53 - 1}, "were asked for"),
-        ("shared", {"num_steps": 1}, "it reports 1 steps; 2 were asked for"),
+        ("shared", {"num_steps": 10**6}, "it reports 1000000 steps; 2 were requested"),
+        ("shared", {"num_steps": 2**53 - 1}, "were requested"),
+        ("shared", {"num_steps": 1}, "it reports 1 steps; 2 were requested"),
         ("shared", {"learning_rate_sum": 1e6}, "learning rates of 1e+06 in all; wanted at most"),
         ("shared", {"learning_rate_sum": 0.0}, "learning rates of 0 in all"),
         ("shared-full", {"step": 10**6}, ".step is 1000000; wanted 2"),

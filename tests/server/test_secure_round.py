@@ -468,7 +468,7 @@ def test_a_server_that_has_others_do_different_work_gets_no_sum(
         federation.run(tmp_path / "out")
     assert (1, number) not in opened
     assert ((1, FIRST_SUM) in opened) == (number != FIRST_SUM)
-    assert "over other work than this client was asked for" in caplog.text
+    assert "over other work than this client was asked to do" in caplog.text
 
 
 def test_a_server_that_makes_up_the_first_sum_gets_no_second_one(tmp_path, monkeypatch):
