@@ -152,7 +152,9 @@ def check_shapes(adapters: Sequence[Adapter], directory: Path) -> None:
         ModelError: If the model cannot be built.
     """
     sizes = {}
-    for name, parameter in _skeleton_for(adapters[0], directory).model.named_parameters():
+    model = _skeleton_for(adapters[0], directory).model
+    # A head that is tied to the embeddings is one of the modules, too.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim == 2:
             sizes[name.removesuffix(".weight")] = sorted(parameter.shape)
     for adapter in adapters:

@@ -4,6 +4,9 @@ import json
 import os
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from fedmomentum.aggregation.registry import build_method
 from fedmomentum.errors import AdapterError, ConfigError
@@ -72,6 +75,21 @@ def test_the_named_base_is_recorded_in_the_result_and_must_fit(base, tmp_path):
     narrow = tiny_llama(tmp_path / "wide", width=64)
     with pytest.raises(AdapterError, match="has in another size"):
         aggregate_directories(directories, method, base=str(narrow))
+
+
+def test_a_base_with_a_tied_head_has_the_head_that_adapters_change(tmp_path):
+    """transformers lists the shared weight under the name of the embeddings only."""
+    base = tiny_gpt2(tmp_path / "gpt2")
+    adapters = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["c_proj", "lm_head"], fan_in_fan_out=True)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        model.save_pretrained(tmp_path / str(seed), save_embedding_layers=False)
+        adapters.append(tmp_path / str(seed))
+    method = build_method("fedmomentum", {})
+    model = aggregate_directories(adapters, method, base=str(base)).model
+    assert "lm_head" in model.adapter.modules
 
 
 @pytest.mark.parametrize("typo", ["./typo", "/no/where", "../typo", "~/typo", "a/b/c", "FILE"])
