@@ -161,7 +161,9 @@ def _with_options(settings: Config, given: Mapping[str, object], columns: list[s
     from fedmomentum.config.toml import apply_overrides
     from fedmomentum.config.toml_values import format_value
 
-    overrides = [f"{key}={format_value(value)}" for key, value in given.items() if value]
+    # Zero is a value: it is refused where it is out of range.
+    present = {key: value for key, value in given.items() if value not in ("", None)}
+    overrides = [f"{key}={format_value(value)}" for key, value in present.items()]
     # A different model does not have the configured model's revision.
     if given["model.name"] and not given["model.revision"]:
         overrides.append("model.revision=")

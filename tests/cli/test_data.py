@@ -34,6 +34,13 @@ def write(path, *rows):
     return path
 
 
+def test_a_length_of_zero_is_refused_and_not_taken_for_the_default(tmp_path, call):
+    file = tmp_path / "north.jsonl"
+    file.write_text('{"question": "Q?", "answer": "A"}\n')
+    code, _, err = call("data", file, "--max-length", 0)
+    assert code == 2 and "data.max-length must be at least 2; got 0" in err
+
+
 def test_what_is_recognized_learned_dropped_and_repeated_is_shown(base, tmp_path, capsys):
     row = {"q": "2+2?", "a": "4", "id": 1}
     file = write(
