@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedmomentum.errors import ModelError
+from fedmomentum.utils.io import damage_hint
 from fedmomentum.utils.text import printable
 
 SINGLE_FILE = "model.safetensors"
@@ -158,7 +159,7 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, StoredTensor]]:
                 header = opened.get_slice(name)
                 yield name, StoredTensor(file, header.get_dtype(), tuple(header.get_shape()))
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is not safetensors: {error}") from error
+        raise ModelError(f"{file} is not safetensors: {error}{damage_hint(file)}") from error
 
 
 # ── unsupported directories ───────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ from fedmomentum.base_model.bundled import cache_directory
 from fedmomentum.base_model.checkpoint_files import checkpoint_files, read_config
 from fedmomentum.errors import FedMomentumError, ModelError
 from fedmomentum.formats.manifest import Base, Quantization
-from fedmomentum.utils.io import sha256, write_json
+from fedmomentum.utils.io import damage_hint, sha256, write_json
 from fedmomentum.utils.schema import Hash, Schema, parse_json
 from fedmomentum.utils.text import printable
 
@@ -193,7 +193,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             for name in opened.keys():
                 yield name, opened.get_tensor(name)
     except SafetensorError as error:
-        raise ModelError(f"{file} is not safetensors: {error}") from error
+        raise ModelError(f"{file} is not safetensors: {error}{damage_hint(file)}") from error
 
 
 def _hash_tokenizer(directory: Path) -> str:

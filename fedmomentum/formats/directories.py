@@ -115,7 +115,8 @@ def find_manifest(directory: Path, server_round: int | str) -> Path:
     if not rounds:
         check_last_round(directory, -1)
         raise ModelError(
-            f"{directory} is neither a global model (no {MANIFEST}) nor a run with a finished round"
+            f"{directory} is neither a global model (no {MANIFEST}) nor a run with a finished "
+            f"round nor a PEFT adapter (no {ADAPTER_CONFIG})"
         )
     if isinstance(wanted, str):
         check_last_round(directory, rounds[-1])

@@ -21,7 +21,7 @@ from fedmomentum.errors import AdapterError
 from fedmomentum.linalg.low_rank import LowRank
 from fedmomentum.lora.adapter import PREFIX, Adapter
 from fedmomentum.lora.adapter_config import AdapterConfig, json_value
-from fedmomentum.lora.hub_adapter import PICKLE_TEXT, PICKLED_FILE, find_adapter
+from fedmomentum.lora.hub_adapter import CONFIG_FILE, PICKLE_TEXT, PICKLED_FILE, find_adapter
 from fedmomentum.lora.module_names import EMBEDDING, split_expert
 from fedmomentum.lora.peft_config import check_config, plain_config
 from fedmomentum.lora.peft_layout import (
@@ -30,7 +30,7 @@ from fedmomentum.lora.peft_layout import (
     to_peft_tensors,
     with_equal_experts,
 )
-from fedmomentum.utils.io import write_atomically
+from fedmomentum.utils.io import damage_hint, write_atomically
 from fedmomentum.utils.records import read_file
 from fedmomentum.utils.schema import check_free_form, parse_json
 from fedmomentum.utils.tensors import is_finite, safetensors_bytes
@@ -91,14 +91,31 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
         where = name if name == str(directory) else f"{name}: {directory}"
         raise AdapterError(f"{where} does not exist; wanted a directory written by PEFT")
     if not file.is_file():
+        what = f"no {CONFIG_FILE} in {directory}"
+        if not directory.is_dir():
+            what = f"{directory} is no directory"
         raise AdapterError(
-            f"{name}: no adapter_config.json in {directory}; wanted a directory written by PEFT"
+            f"{name}: {what}; wanted a directory written by PEFT{_describe_other(directory)}"
         )
     data = read_file(file, max_bytes=MAX_HEADER, error=AdapterError)
     where = f"{name}: adapter_config.json"
     config = parse_json(data, dict[str, Any], where, AdapterError)
     check_free_form(config, where, AdapterError)
     return config
+
+
+def _describe_other(directory: Path) -> str:
+    """Return the end of a message that says what a directory without an adapter holds."""
+    if (directory / "global_model.json").is_file() or (directory / "rounds").is_dir():
+        return (
+            ". It holds a run or a global model, which `fedmomentum export DIRECTORY --to adapter` "
+            "writes as an adapter"
+        )
+    # PEFT writes an adapter of another name than "default" into a subdirectory.
+    found = sorted(file.parent.name for file in directory.glob(f"*/{CONFIG_FILE}"))
+    if found:
+        return f". It holds adapters in subdirectories; give one of them: {shown(found)}"
+    return ". It holds a model, not an adapter" if (directory / "config.json").is_file() else ""
 
 
 def _read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
@@ -117,7 +134,9 @@ def _read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
                 _check_shape(key, opened.get_slice(key).get_shape(), name)
             return {key: opened.get_tensor(key) for key in keys}
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise AdapterError(f"{name}: adapter_model.safetensors cannot be read: {error}") from error
+        raise AdapterError(
+            f"{name}: adapter_model.safetensors cannot be read: {error}{damage_hint(file)}"
+        ) from error
 
 
 def _check_header_length(file: Path, name: str) -> None:
@@ -126,8 +145,8 @@ def _check_header_length(file: Path, name: str) -> None:
         length = int.from_bytes(opened.read(8), "little")
     if length > MAX_HEADER:
         raise AdapterError(
-            f"{name}: adapter_model.safetensors claims a header of {length} bytes; at most "
-            f"{MAX_HEADER} are supported"
+            f"{name}: adapter_model.safetensors claims a header of {length} bytes, and at most "
+            f"{MAX_HEADER} are supported{damage_hint(file)}"
         )
 
 

@@ -277,6 +277,12 @@ def _check_fits(adapter: Adapter, module: str, layer: LoraLayer) -> None:
         )
     matrix = adapter.modules[module]
     live = layer.factors
+    if live.shape != matrix.shape:
+        sizes, live_sizes = (f"{m.shape[0]} x {m.shape[1]}" for m in (matrix, live))
+        raise AdapterError(
+            f"{adapter.name}: module {module} is {sizes}, the model's {live_sizes}; this is not "
+            "the base model that the adapter was trained on"
+        )
     if live.B.shape != matrix.B.shape or live.A.shape != matrix.A.shape:
         raise AdapterError(
             f"{adapter.name}: module {module} is {matrix!r}, the model's B {tuple(live.B.shape)}"

@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+# How the text begins that Git LFS leaves in place of a large file until it is pulled.
+LFS_START = b"version https://git-lfs"
+
 
 def write_atomically(
     path: Path, data: bytes, *, durable: bool = True, permissions: int = 0o644
@@ -67,3 +70,15 @@ def canonical_json(value: Any) -> str:
 def sha256(data: bytes | memoryview) -> str:
     """Return the hexadecimal SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()
+
+
+def damage_hint(file: Path) -> str:
+    """Return the end of a message about a file that cannot be parsed: how to replace it."""
+    try:
+        with file.open("rb") as opened:
+            is_pointer = opened.read(len(LFS_START)) == LFS_START
+    except OSError:
+        return ""
+    if is_pointer:
+        return "; it is a pointer of Git LFS, not the file itself: run `git lfs pull`"
+    return "; it is damaged or incomplete: copy or download it again"

@@ -69,6 +69,16 @@ def test_what_is_loaded_is_what_is_stored(base, dtype):
     )
 
 
+def test_weights_that_are_incomplete_or_were_never_pulled_are_refused_with_what_to_do(base):
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ModelError, match="model.safetensors.*incomplete: copy or download it"):
+        identify("base", base)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelError, match="model.safetensors.*run `git lfs pull`"):
+        identify("base", base)
+
+
 def test_a_missing_weight_is_refused_by_name(base):
     change_tensors(base, lambda tensors: tensors.pop(WEIGHT))
     with pytest.raises(

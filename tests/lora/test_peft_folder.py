@@ -251,7 +251,11 @@ def test_broken_folders_are_refused_by_name(stock, tmp_path):
         read_adapter(tmp_path)
     content = (paths[0] / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(content[:100])
-    with pytest.raises(AdapterError, match="cannot be read"):
+    with pytest.raises(AdapterError, match="cannot be read.*damaged or incomplete: copy"):
+        read_adapter(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "adapter_model.safetensors").write_text(pointer)
+    with pytest.raises(AdapterError, match="a pointer of Git LFS.*run `git lfs pull`"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(content)
     config = json.loads((paths[0] / "adapter_config.json").read_text())
@@ -261,6 +265,23 @@ def test_broken_folders_are_refused_by_name(stock, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterError, match="not valid JSON"):
         read_adapter(tmp_path)
+
+
+def test_other_folders_and_files_are_refused_with_what_they_are(stock, tmp_path):
+    base, paths, _ = stock
+    with pytest.raises(
+        AdapterError, match="config.json is no directory; wanted a directory written by"
+    ):
+        read_adapter(paths[0] / "adapter_config.json")
+    with pytest.raises(AdapterError, match="It holds a model, not an adapter"):
+        read_adapter(base)
+    (tmp_path / "several" / "tuned").mkdir(parents=True)
+    (tmp_path / "several" / "tuned" / "adapter_config.json").touch()
+    with pytest.raises(AdapterError, match=r"subdirectories; give one of them: \['tuned'\]"):
+        read_adapter(tmp_path / "several")
+    GlobalModel(BaseIdentity("somewhere"), read_adapter(paths[0])).save(tmp_path / "global")
+    with pytest.raises(AdapterError, match="`fedmomentum export DIRECTORY --to adapter`"):
+        read_adapter(tmp_path / "global")
 
 
 def test_adapters_that_do_not_fit_together_are_refused(stock):
@@ -316,6 +337,14 @@ def test_another_base_is_refused_at_export(stock, tmp_path):
         export_adapter(model, tmp_path / "full")
     unknown = GlobalModel(BaseIdentity("somewhere"), model.adapter)
     unknown.base.check(model.base)  # an unknown hash fits any
+
+
+def test_a_base_of_another_size_is_refused_as_another_base(tmp_path):
+    paths, _ = stock_adapters(tmp_path, LLAMA_CONFIGS[:1], tiny_llama(tmp_path / "base"))
+    model = GlobalModel(BaseIdentity("somewhere"), read_adapter(paths[0]))
+    wide = tiny_llama(tmp_path / "wide", width=64)
+    with pytest.raises(AdapterError, match="is 32 x 32, the model's 64 x 64; this is not the base"):
+        export_merged(model, tmp_path / "out", base_directory=wide)
 
 
 def test_a_single_adapter_is_returned_unchanged(stock):
