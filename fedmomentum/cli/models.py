@@ -127,8 +127,11 @@ def export(
                 device=chosen,
                 facts=facts,
             )
+            # `auto` is shown as the dtype that it stands for.
+            shown_dtype = str(torch_dtype).removeprefix("torch.")
             written = (
-                f"the merged model in {dtype}; {fraction:.2%} of the change arrived in its weights"
+                f"the merged model in {shown_dtype}; {fraction:.2%} of the change arrived in its "
+                "weights"
             )
             quantization = base_quantization(result.model, base_directory)
             if quantization is not None:

@@ -101,6 +101,9 @@ def check_config(config: Mapping[str, Any], name: str) -> AdapterConfig:
     for key, value in config.items():
         default = DEFAULTS.get(key)
         is_default = value == default or not (value or default)
+        # Fields without an entry in DEFAULTS are False, 0 or None in PEFT; switches are False.
+        if default is None and isinstance(value, bool):
+            default = False
         if key not in known and not is_default:
             field = printable(str(key), 100)
             raise AdapterError(

@@ -259,7 +259,7 @@ def test_thousands_of_modules_named_in_full_are_looked_up():
         ),
         ({"target_modules": json.loads("[" * 50 + "]" * 50)}, "nested deeper than"),
         ({"lora_dropout": 2}, "lora_dropout"),
-        ({"use_dora": True}, "use_dora = True; only its default"),
+        ({"use_dora": True}, "use_dora = True; only its default, False, is supported"),
         ({"\x1b[2J": 1}, "has \ufffd.2J = 1"),
         ({"megatron_config": "x" * 10_000}, "megatron_config = 'xxx.{80,110}; only its default"),
     ],
