@@ -71,8 +71,10 @@ def moments_by_factor(
     for key, name in names.items():
         value = report.moments.get(name)
         if value is None:
-            zero = _zeros(parameters[name])
-            value = Moments(zero, None if example.second is None else zero, example.step)
+            # Two tensors: they are saved, and safetensors refuses those that share memory.
+            first = _zeros(parameters[name])
+            second = None if example.second is None else _zeros(parameters[name])
+            value = Moments(first, second, example.step)
         second = None
         if value.second is not None:
             second = model.view(key, value.second).contiguous()

@@ -116,11 +116,15 @@ class SharedOptimizer:
             moments = decode_moments(tensors, shapes, name)
             started = self.started(previous, start).moments
             for key, moment in moments.items():
-                step = result.num_steps + (started[key].step if key in started else 0)
-                if moment.step != step:
+                # A step without a gradient for this factor, as where a layer is skipped, is not
+                # counted by the optimizer.
+                first_step = started[key].step if key in started else 0
+                last_step = first_step + result.num_steps
+                if not first_step <= moment.step <= last_step:
                     raise PayloadError(
-                        f"{name}: optimizer tensor {key}.step is {moment.step}; wanted {step}, the "
-                        "steps of this round and those behind the moments that it began with"
+                        f"{name}: optimizer tensor {key}.step is {moment.step}; wanted at most "
+                        f"{last_step}, the steps of this round and those behind the moments that "
+                        f"it began with, and at least those {first_step}"
                     )
                 if (moment.second is not None) != self._has_second:
                     raise PayloadError(

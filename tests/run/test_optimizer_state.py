@@ -21,6 +21,11 @@ from fedmomentum.run.method import make_method
 from fedmomentum.run.networked import run_federation
 from fedmomentum.run.training_checks import choose_optimizer_state
 from fedmomentum.training import TrainReport
+from fedmomentum.training.optimizer_state import (
+    read_moments,
+    set_moments,
+    trained_parameters,
+)
 from fedmomentum.utils.names import directory_name
 from tests.helpers import error
 from tests.runs import chain, objects, prepare, start, timeless, tiny_config
@@ -211,6 +216,46 @@ def test_two_clients_of_one_objective_are_centralized_adamw(folder, tmp_path, st
     )
 
 
+def skipping(skipped):
+    """A training function: AdamW on `||A||^2 + ||B - 1||^2`, without the layers that `skipped(step)` names."""
+
+    def train_some(model, examples, *, learning_rate, local_steps, on_step, moments=None, **_):
+        parameters = trained_parameters(model)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
+        if moments is not None:
+            set_moments(optimizer, parameters, moments)
+        for step in range(local_steps):
+            optimizer.zero_grad()
+            names = [name for name in parameters if skipped(step) not in name]
+            sum(
+                (parameters[name] - float("lora_B" in name)).square().sum() for name in names
+            ).backward()
+            optimizer.step()
+            on_step(step + 1, local_steps, 1.0)
+        reported = None if moments is None else read_moments(optimizer, parameters)
+        return TrainReport(1.0, 1.0, 1.0, local_steps, 1, moments=reported)
+
+    return train_some
+
+
+@pytest.mark.parametrize(
+    ("state", "steps"), [("local", {0, 1}), ("shared-full", {0, 1}), ("shared-full", {0})], ids=str
+)
+def test_a_layer_may_have_no_gradient(folder, tmp_path, state, steps):
+    """A model may drop a whole layer in training; the optimizer then leaves it out."""
+    skip = skipping(lambda step: ".layers.0." if step in steps else "none")
+    config = config_of(
+        folder,
+        state,
+        federation={"num-rounds": 3},
+        evaluation={"every": 0},
+        training={"local-steps": 2, "arguments": {"max_grad_norm": 0.0}},
+    )
+    start(config, tmp_path / "run", function=skip)
+    for row in timeless(tmp_path / "run")[1:]:
+        assert row["failures"] == {} and len(row["accepted"]) == 3
+
+
 def last_adapter(out):
     from fedmomentum.global_model.model import GlobalModel
 
@@ -369,7 +414,7 @@ def test_replies_with_other_moments_are_left_out_by_name(folder, tmp_path, chang
         ("shared", {"num_steps": 1}, "it reports 1 steps; 2 were requested"),
         ("shared", {"learning_rate_sum": 1e6}, "learning rates of 1e+06 in all; wanted at most"),
         ("shared", {"learning_rate_sum": 0.0}, "learning rates of 0 in all"),
-        ("shared-full", {"step": 10**6}, ".step is 1000000; wanted 2"),
+        ("shared-full", {"step": 10**6}, ".step is 1000000; wanted at most 2"),
     ],
 )
 def test_false_numbers_of_steps_are_refused_by_name(folder, tmp_path, state, changes, message):
