@@ -53,12 +53,17 @@ class OptimizerSettings:
         epsilon: What Adam adds to the root of the second moment.
         weight_decay: Weight decay, in units of the learning rate: decoupled in AdamW, part of the
             gradient in SGD.
+        momentum: Decay of SGD's buffer.
+        gradient_norm: The largest norm of what a gradient adds to SGD's buffer in one step, without
+            the decay; infinite if gradients are not clipped.
     """
 
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    momentum: float = 0.0
+    gradient_norm: float = math.inf
 
     @property
     def max_movement(self) -> float:
@@ -164,6 +169,40 @@ def reconstruct_moments(
     return Moments(-movement * root * (1 - settings.beta1**step), second, step)
 
 
+def limit_first_moment(
+    moments: Moments, start: Tensor, before: Tensor | None, settings: OptimizerSettings
+) -> Moments:
+    """Limit a mean first moment to what an optimizer can arrive at.
+
+    Otherwise one client that reports a false moment, or too small a sum of learning rates, would
+    make everyone's next step too long. Adam's elements are limited to what moves a number by
+    `OptimizerSettings.max_movement`. SGD's buffer is limited in its norm: with clipped gradients it
+    never exceeds `(gradient_norm + decay ||x||) / (1 - momentum)`, or what it was before the round
+    if that is more.
+
+    Args:
+        moments: The mean over the clients of one parameter's moments.
+        start: The parameter at the start of the round.
+        before: Its first moment at the start of the round; None for zeros.
+        settings: The optimizer's constants.
+    """
+    first = moments.first
+    if moments.second is not None:
+        root = (moments.second / (1 - settings.beta2**moments.step)).sqrt() + settings.epsilon
+        largest = settings.max_movement * root * (1 - settings.beta1**moments.step)
+        return Moments(first.clamp(-largest, largest), moments.second, moments.step)
+    if not 0 <= settings.momentum < 1:  # old gradients never fade
+        return moments
+    decayed = settings.weight_decay * _norm(start)
+    largest_norm = (settings.gradient_norm + decayed) / (1 - settings.momentum)
+    if before is not None:
+        largest_norm = max(largest_norm, _norm(before))
+    norm = _norm(first)
+    if norm <= largest_norm:
+        return moments
+    return Moments(first * (largest_norm / norm), None, moments.step)
+
+
 # ── through aggregation ───────────────────────────────────────────────────────────────────────────
 
 
@@ -219,5 +258,9 @@ def gauge_rotation(before: LowRank, after: LowRank) -> Tensor:
 
 def _norm_ratio(after: Tensor, before: Tensor) -> float:
     """Return the ratio of the Frobenius norms; 1 if `before` is zero."""
-    size = float(torch.linalg.vector_norm(before, dtype=CORE_DTYPE))
-    return float(torch.linalg.vector_norm(after, dtype=CORE_DTYPE)) / size if size else 1.0
+    size = _norm(before)
+    return _norm(after) / size if size else 1.0
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=CORE_DTYPE))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fedmomentum.aggregation.moments import (
     OptimizerSettings,
     SecondMomentMeans,
     carry_moments,
+    limit_first_moment,
     mean_moments,
     mean_step,
     reconstruct_moments,
@@ -34,7 +35,7 @@ from fedmomentum.linalg.low_rank import CORE_DTYPE
 from fedmomentum.protocol.messages import OPTIMIZER, Reply, TrainResult, train_result
 from fedmomentum.server.round_data import TrainedRound, UploadedMoments
 from fedmomentum.server.screening import requested_steps
-from fedmomentum.training.arguments import TrainingFields
+from fedmomentum.training.arguments import TrainingFields, optimizer_options
 from fedmomentum.training.step_bounds import ROUNDING as RATE_ROUNDING
 from fedmomentum.training.step_bounds import clipping_norm
 
@@ -78,12 +79,23 @@ class SharedOptimizer:
             beta2=arguments.get("adam_beta2", defaults.adam_beta2),
             epsilon=arguments.get("adam_epsilon", defaults.adam_epsilon),
             weight_decay=arguments.get("weight_decay", defaults.weight_decay),
+            **self._buffer_settings(arguments),
         )
 
     @classmethod
     def of(cls, config: Config, method: Method, directory: RunDirectory) -> SharedOptimizer | None:
         """Return the shared optimizer of a run's clients; None if they share none."""
         return cls(config, method, directory) if config.training.shares_moments else None
+
+    def _buffer_settings(self, arguments: Mapping[str, Any]) -> dict[str, float]:
+        """Return what limits SGD's buffer; nothing for Adam, or if gradients are not clipped."""
+        if self._has_second or self._max_norm is None:
+            return {}
+        options = optimizer_options(arguments)
+        # Dampening is left out in the first step.
+        gain = max(1.0, abs(1 - float(options.get("dampening", "0"))))
+        momentum = float(options.get("momentum", "0"))
+        return {"momentum": momentum, "gradient_norm": gain * self._max_norm}
 
     # ── replies ──
 
@@ -255,17 +267,19 @@ class SharedOptimizer:
         # A factor that was not trained in this round keeps its moments.
         current = started.of_module(module)
         for kind in trained.factors:
+            x_start = getattr(start.modules[module], kind).to(CORE_DTYPE)
+            before = current[kind].first if kind in current else None
             if self._is_full:
                 received = [self._received(upload, f"{module}.{kind}") for upload in uploads]
-                current[kind] = mean_moments(received, list(weights.values()))
+                mean = mean_moments(received, list(weights.values()))
             else:
-                x_start = getattr(start.modules[module], kind).to(CORE_DTYPE)
                 first_step = current[kind].step if kind in current else 0
                 if summed is not None:
                     movement = summed.moments[f"{module}.{kind}"]
                 else:
                     movement = self._mean_movement(module, kind, x_start, updates, uploads)
-                current[kind] = self._reconstruct(x_start, movement, first_step)
+                mean = self._reconstruct(x_start, movement, first_step)
+            current[kind] = limit_first_moment(mean, x_start, before, self._settings)
         # These moments belong to the mean factors; carry them to those of the next round.
         carried = carry_moments(current, updates.mean_factors(), after)
         return {f"{module}.{kind}": moment for kind, moment in carried.items()}

@@ -14,6 +14,7 @@ from fedmomentum.aggregation.moments import (
     SecondMomentMeans,
     carry_moments,
     gauge_rotation,
+    limit_first_moment,
     mean_moments,
     reconstruct_moments,
 )
@@ -198,6 +199,45 @@ def test_the_buffer_of_sgd_is_minus_the_displacement(weight_decay):
     got = reconstruct_moments(displacement, start, None, 1, sgd)
     assert error(got.first, optimizer.state[parameter]["momentum_buffer"]) < 1e-12
     assert got.second is None
+
+
+def test_a_false_first_moment_moves_nothing_further_than_adam_can():
+    adam = OptimizerSettings()
+    second = draw(4, 5).square() + 0.1
+    honest = Moments(draw(4, 5, seed=1).clamp(-1, 1) * second.sqrt(), second, 100_000)
+    assert torch.equal(limit_first_moment(honest, second, None, adam).first, honest.first)
+    false = Moments(1e6 * honest.first, second, 100_000)
+    step = limit_first_moment(false, second, None, adam).first / second.sqrt()
+    assert float(step.abs().max()) == pytest.approx(adam.max_movement, rel=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.9])
+@pytest.mark.parametrize("size_before", [0.0, 100.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_buffer_of_sgd_is_limited_to_what_clipped_gradients_add_up_to(
+    momentum, size_before, weight_decay
+):
+    """Torch's own steps stay within the limit; anything larger is cut down to it."""
+    start, before, gradient = draw(3, 4), size_before * draw(3, 4), draw(3, 4, seed=1)
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([parameter], 1e-9, momentum, weight_decay=weight_decay)
+    optimizer.state[parameter] = {"momentum_buffer": before.clone()}
+    for _ in range(20):
+        parameter.grad = 2.0 * gradient / gradient.norm()
+        optimizer.step()
+    buffer = optimizer.state[parameter]["momentum_buffer"]
+    sgd = OptimizerSettings(weight_decay=weight_decay, momentum=momentum, gradient_norm=2.0)
+    kept = limit_first_moment(Moments(buffer, None, 20), start, before, sgd)
+    assert error(kept.first, buffer) < 1e-12
+    false = limit_first_moment(Moments(1e9 * buffer, None, 20), start, before, sgd)
+    largest = (2.0 + weight_decay * float(start.norm())) / (1 - momentum)
+    assert float(false.first.norm()) == pytest.approx(max(largest, float(before.norm())))
+
+
+def test_the_buffer_of_sgd_has_no_limit_without_clipping():
+    huge = Moments(1e9 * draw(3, 4), None, 2)
+    for open_end in (OptimizerSettings(), OptimizerSettings(momentum=1.0, gradient_norm=1.0)):
+        assert limit_first_moment(huge, draw(3, 4), None, open_end) is huge
 
 
 def test_means_keep_the_sums_and_add_up_over_clients():

@@ -435,6 +435,32 @@ def test_false_numbers_of_steps_are_refused_by_name(folder, tmp_path, state, cha
     assert "client site1" in row["failures"]["site1"] and message in row["failures"]["site1"]
 
 
+@pytest.mark.parametrize("state", ["shared", "shared-full"])
+@pytest.mark.parametrize("optimizer", [{}, {"optim": "sgd", "optim_args": "momentum=0.9"}], ids=str)
+def test_false_moments_of_one_client_do_not_stop_the_others(folder, tmp_path, state, optimizer):
+    config = config_of(
+        folder,
+        state,
+        federation={"num-rounds": 2},
+        evaluation={"every": 0},
+        training={"local-steps": 2, "arguments": optimizer},
+    )
+
+    def lie(reply):
+        tensors = dict(reply.tensors)
+        for key in tensors:
+            if key.startswith("optimizer.") and key.endswith(".first"):
+                tensors[key] = torch.full_like(tensors[key], 1e6)
+        result = msgspec.structs.replace(reply.answer, learning_rate_sum=1e-12)
+        return replace(reply, answer=result, tensors=tensors)
+
+    run_with_site1(lie, config, tmp_path)
+    first, second = timeless(tmp_path / "run")[1:]
+    assert first["failures"] == second["failures"] == {}
+    # Adam's longest step is seven times a usual one, and SGD's ten times, besides the clipping.
+    assert second["diagnostics"]["update_norm"] < 50 * first["diagnostics"]["update_norm"]
+
+
 def test_unrequested_moments_are_refused(folder, tmp_path):
     config = config_of(folder, "fresh", federation={"num-rounds": 1})
     row = run_with_site1(with_tensors(extra), config, tmp_path)
