@@ -92,9 +92,13 @@ class SharedOptimizer:
         if self._has_second or self._max_norm is None:
             return {}
         options = optimizer_options(arguments)
+        try:
+            momentum = float(options.get("momentum", "0"))
+            dampening = float(options.get("dampening", "0"))
+        except ValueError:  # the clients refuse it
+            return {}
         # Dampening is left out in the first step.
-        gain = max(1.0, abs(1 - float(options.get("dampening", "0"))))
-        momentum = float(options.get("momentum", "0"))
+        gain = max(1.0, abs(1 - dampening))
         return {"momentum": momentum, "gradient_norm": gain * self._max_norm}
 
     # ── replies ──

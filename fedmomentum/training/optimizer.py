@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from fedmomentum.errors import ConfigError
-from fedmomentum.training.arguments import count_warmup_steps
+from fedmomentum.training.arguments import check_optimizer_options, count_warmup_steps
 from fedmomentum.training.hf_trainer import LocalTrainingArguments, TrainableView
 from fedmomentum.training.isolation import global_state_restored
 
@@ -64,8 +64,10 @@ def trainer_arguments_from(arguments: dict[str, Any], **configured: Any) -> Loca
         Both, plus those that keep the trainer silent.
 
     Raises:
-        ConfigError: If the schedule needs evaluations, or transformers rejects a value.
+        ConfigError: If the schedule needs evaluations, an option of the optimizer would have no
+            effect, or transformers rejects a value.
     """
+    check_optimizer_options(arguments)
     schedule = str(arguments.get("lr_scheduler_type"))
     if schedule in SCHEDULES_WITH_EVALUATION:
         raise ConfigError(

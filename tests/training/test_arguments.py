@@ -230,6 +230,20 @@ def test_invalid_values_are_refused_by_name(arguments, message):
             {"optim": "grokadamw"},  # of a package that is not installed
             "optim: the optimizer grokadamw cannot be made: .*grokadamw.*such as adamw_torch",
         ),
+        (
+            {"optim": "sgd", "optim_args": "momentun=0.9"},
+            "optim_args: momentun has no effect on the optimizer sgd; wanted momentum, dampening",
+        ),
+        (
+            {"optim": "sgd", "optim_args": "momentum=0.9, weight_decay=0.1"},
+            r"optim_args: weight_decay has no effect .*; set weight_decay in \[training.arguments\]",
+        ),
+        (
+            {"optim_args": "amsgrad=true"},
+            "amsgrad has no effect on the optimizer adamw_torch_fused; set adam_beta1",
+        ),
+        ({"optim": "adafactor", "optim_args": "eps=1"}, "eps has no effect .* adafactor; remove"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "'momentum' is not of the form name=value"),
         ({"lr_scheduler_type": "wavy"}, "lr_scheduler_type: transformers has no 'wavy'"),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau"},
