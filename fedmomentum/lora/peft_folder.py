@@ -34,7 +34,7 @@ from fedmomentum.utils.io import damage_hint, write_atomically
 from fedmomentum.utils.records import read_file
 from fedmomentum.utils.schema import check_free_form, parse_json
 from fedmomentum.utils.tensors import is_finite, safetensors_bytes
-from fedmomentum.utils.text import printable, short_repr
+from fedmomentum.utils.text import first_few, printable, short_repr
 
 FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Bytes of adapter_config.json, and of the header of the weights: 100,000 tensors need 15 MB.
@@ -114,7 +114,7 @@ def _describe_other(directory: Path) -> str:
     # PEFT writes an adapter of another name than "default" into a subdirectory.
     found = sorted(file.parent.name for file in directory.glob(f"*/{CONFIG_FILE}"))
     if found:
-        return f". It holds adapters in subdirectories; give one of them: {shown(found)}"
+        return f". It holds adapters in subdirectories; give one of them: {first_few(found)}"
     return ". It holds a model, not an adapter" if (directory / "config.json").is_file() else ""
 
 
