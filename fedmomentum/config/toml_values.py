@@ -64,7 +64,8 @@ def split_setting(text: str) -> tuple[list[str], str | None]:
         The parts; and the value, or None without an equals sign.
     """
     names = []
-    position, follows = 0, "."
+    position = 0
+    follows = "."
     while follows == ".":
         found = _KEY_PART.match(text, position)
         assert found is not None  # even an empty part matches

@@ -137,7 +137,9 @@ def _sheet_table(path: Path, title: str, rows: _SheetRows) -> Table:
     width = max(len(values) for _, values in rows)
     padded = [values + [None] * (width - len(values)) for _, values in rows]
     header = ["" if value is None else str(value).strip() for value in padded[0]]
-    by_position = [[values[position] for values in padded[1:]] for position in range(width)]
+    by_position = []
+    for position in range(width):
+        by_position.append([values[position] for values in padded[1:]])
     # Formerly formatted cells beside the table are not a column.
     kept = []
     for position, name in enumerate(header):

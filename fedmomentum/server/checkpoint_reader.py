@@ -76,7 +76,8 @@ class CheckpointReader:
         extra rows mean that checkpoints are missing, unless the rounds up to `last` will be redone.
         """
         assert manifest.run is not None
-        path, wanted = self.path / METRICS, manifest.run.metrics
+        path = self.path / METRICS
+        wanted = manifest.run.metrics
         check_metrics(lines, wanted, path)
         most = wanted.rows + 1 + (last - manifest.round if last is not None else 0)
         if len(lines) > most:
@@ -114,7 +115,8 @@ class CheckpointReader:
         """
         if not state.started_from:
             return None
-        where, tensors = f"the start of round {model.server_round}", dict[str, Tensor]()
+        where = f"the start of round {model.server_round}"
+        tensors: dict[str, Tensor] = {}
         for name in state.started_from:
             tensors |= read_safetensors(read_object(self.path, name), where)[0]
         # The adapter that the last round started from, and what it merged.

@@ -118,13 +118,17 @@ def distance(one: Adapter, other: Adapter) -> float:
 
     It is computed from `[s B, -t B'] [A; A']`; small modules of equal shape are batched.
     """
-    alike, total = dict[tuple[tuple[int, int], int, int], list[str]](), 0.0
+    # Group the modules by shape and by both ranks.
+    groups: dict[tuple[tuple[int, int], int, int], list[str]] = {}
     for module, matrix in one.modules.items():
-        alike.setdefault((matrix.shape, matrix.rank, other.modules[module].rank), []).append(module)
-    for (shape, *ranks), modules in alike.items():
+        group = (matrix.shape, matrix.rank, other.modules[module].rank)
+        groups.setdefault(group, []).append(module)
+    total = 0.0
+    for (shape, *ranks), modules in groups.items():
         step = max(1, BATCH_ELEMENTS // (sum(shape) * max(sum(ranks), 1)))
         for start in range(0, len(modules), step):
-            B_s, A_s = list[Tensor](), list[Tensor]()
+            B_s: list[Tensor] = []
+            A_s: list[Tensor] = []
             for adapter, sign in ((one, 1.0), (other, -1.0)):
                 some = [adapter.modules[module] for module in modules[start : start + step]]
                 s = torch.tensor(
