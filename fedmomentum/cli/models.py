@@ -43,8 +43,12 @@ def export(
     ],
     server_round: RoundOption = "last",
     dtype: Annotated[
-        str, typer.Option(help="dtype of merged weights: float32, bfloat16, float16")
-    ] = "float32",
+        str,
+        typer.Option(
+            help="dtype of merged weights: float32, bfloat16, float16, auto [default: float32]",
+            show_default=False,
+        ),
+    ] = "",
     base: BaseOption = "",
     client: ClientOption = "",
     store: StoreOption = None,
@@ -92,7 +96,12 @@ def export(
     if to not in ("merged", "adapter"):
         raise ConfigError(f"--to must be merged or adapter; got {to!r}")
     # check for mistakes before anything is loaded
-    torch_dtype = pick_merged_dtype(dtype)
+    if dtype and to == "adapter":
+        raise ConfigError(
+            f"--dtype {dtype} is for --to merged; leave it out, since an adapter keeps the "
+            "precision of its factors"
+        )
+    torch_dtype = pick_merged_dtype(dtype or "float32")
     check_output_directory(out)
     require_empty_directory(out)
     destination = _choose_destination(push_to, public)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # The names that transformers gives to the last layer of its sequence classifiers.
 OUTPUT_NAMES = ("score", "classifier", "out_proj", "summary", "logits_proj")
+HEAD_NAMES = ("score", "classifier")
+"""Attributes of a model that no causal language model of transformers has."""
 
 
 def is_classifier(adapter: Adapter) -> bool:
@@ -76,7 +78,8 @@ def load_base_for(
         device: The device of the weights.
 
     Raises:
-        AdapterError: If the adapter is for a classifier but saves no head.
+        AdapterError: If the adapter is for a classifier but saves no head, or saves one and has no
+            task type.
         ModelError: If the base model cannot be loaded.
     """
     # Importing transformers takes seconds, and `fedmomentum inspect` loads no model.
@@ -85,6 +88,7 @@ def load_base_for(
     from fedmomentum.base_model.streamed import load_parameters
 
     adapter = model.adapter
+    _check_task_type(adapter)
     # Modules trained in full, whose tensors the adapter holds, are not quantized.
     trained = {name.rpartition(".")[0] for name in adapter.saved}
     how: dict[str, Any] = {"quantization": model.base.quantization, "trained": trained}
@@ -105,6 +109,19 @@ def load_base_for(
     if is_classifier(adapter):
         set_pad_token(base, load_tokenizer(directory, generates=False))
     return base
+
+
+def _check_task_type(adapter: Adapter) -> None:
+    """Refuse an adapter with a classification head but without a task type, which PEFT allows."""
+    if adapter.config.get("task_type") is not None:
+        return
+    for name in sorted(adapter.saved):
+        if name.partition(".")[0] in HEAD_NAMES:
+            raise AdapterError(
+                f"{adapter.name} saves {name}, a classification head, but its "
+                "adapter_config.json has no task_type, and so it would be used with a language "
+                'model; set "task_type": "SEQ_CLS" there if it is for a sequence classifier'
+            )
 
 
 def _resized(base: PreTrainedModel, adapter: Adapter) -> list[str]:

@@ -385,6 +385,10 @@ def test_aggregate_by_every_method(adapters, tmp_path, call, name):
             "choose auto, float32",
         ),
         (
+            ["export", "{finished}", "--to", "adapter", "--dtype", "bfloat16", "--out", "x"],
+            "--dtype bfloat16 is for --to merged",
+        ),
+        (
             ["export", "{finished}", "--to", "adapter", "--device", "tpu", "--out", "x"],
             "'tpu' cannot be used",
         ),

@@ -139,3 +139,14 @@ def test_an_adapter_that_does_not_name_its_labels_is_not_scored(tmp_path):
     data.write_text('{"text": "a", "label": "x"}\n')
     with pytest.raises(ConfigError, match="does not name its labels; evaluate the run"):
         evaluate_on(result, str(data), LoadSettings())
+
+
+def test_a_head_without_a_task_type_is_refused_with_what_to_set(tmp_path):
+    base, directories = peft_adapters(tmp_path, "distilbert")
+    for directory in directories:
+        config = json.loads((directory / "adapter_config.json").read_text())
+        config["task_type"] = None
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+    model = aggregate_directories(directories, FedMomentum()).model
+    with pytest.raises(AdapterError, match='saves classifier.*no task_type.*"SEQ_CLS"'):
+        export_merged(model, tmp_path / "merged", base_directory=base)
