@@ -221,8 +221,8 @@ class RoundRecord(_Table, frozen=True, kw_only=True):
         dict[str, Fraction],
         doc(
             "weight of each accepted client: its training examples over those of all accepted "
-            "(with `hetlora`, the norm of its update over the sum of the norms), none above "
-            "`federation.max-client-weight`; what is cut off goes to the others in "
+            "(with `hetlora`, the norm of its adapter, ‖sᵢBᵢAᵢ‖, over the sum of the norms), none "
+            "above `federation.max-client-weight`; what is cut off goes to the others in "
             "proportion. They sum to 1",
             "name to fraction",
         ),

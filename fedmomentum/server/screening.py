@@ -356,7 +356,7 @@ def _reason(
     )
     return (
         f"client {client}: {what} has norm {displacement.norm:.3g}, {displacement.in_steps:.3g} "
-        f"times one optimizer step though {displacement.num_steps} were requested, and "
+        f"times one optimizer step (steps requested: {displacement.num_steps}), and "
         f"{ratio:.0f} times the round's median for that work, {typical * displacement.step:.3g}; "
         f"at most {max_ratio:g} times is accepted (federation.outlier-norm-ratio)"
     )

@@ -277,7 +277,7 @@ def test_other_folders_and_files_are_refused_with_what_they_are(stock, tmp_path)
         read_adapter(base)
     (tmp_path / "several" / "tuned").mkdir(parents=True)
     (tmp_path / "several" / "tuned" / "adapter_config.json").touch()
-    with pytest.raises(AdapterError, match=r"subdirectories; give one of them: \['tuned'\]"):
+    with pytest.raises(AdapterError, match=r"subdirectories; give one of them: tuned$"):
         read_adapter(tmp_path / "several")
     GlobalModel(BaseIdentity("somewhere"), read_adapter(paths[0])).save(tmp_path / "global")
     with pytest.raises(AdapterError, match="`fedmomentum export DIRECTORY --to adapter`"):
