@@ -43,8 +43,14 @@ CELLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "partial": ("few", ("data.num-clients=30", "federation.client-fraction=0.1")),
     "rank-2": ("few", ("lora.rank=2", "lora.lora-alpha=4")),
     "rank-16": ("few", ("lora.rank=16", "lora.lora-alpha=32")),
+    "rank-32": ("few", ("lora.rank=32", "lora.lora-alpha=64")),
     "even": ("few", ("data.concentration=5",)),
     "clients": ("few", ("data.num-clients=30",)),
+    # A hundred texts a client on average: some clients have fewer than the 64 of few.toml.
+    "hundred": (
+        "few",
+        ("data.num-clients=100", "data.min-examples=16", "federation.client-fraction=0.1"),
+    ),
     "long": ("many", ("training.local-steps=50",)),
 }
 """Cell to the setting that it starts from, and what it changes."""

@@ -21,10 +21,12 @@ TITLES = {
     "rank-1": "rank 1 instead of 4",
     "rank-2": "rank 2 instead of 4",
     "rank-16": "rank 16 instead of 4",
+    "rank-32": "rank 32 instead of 4",
     "skew": "Dirichlet 0.02 instead of 0.1",
     "even": "Dirichlet 5 instead of 0.1",
     "clients": "30 clients",
     "partial": "30 clients, 10 % of them a round",
+    "hundred": "100 clients, 10 % of them a round",
     "long": "50 local steps, 5 rounds",
 }
 
