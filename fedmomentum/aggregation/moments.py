@@ -148,10 +148,8 @@ def reconstruct_moments(
 
         m = -(D + decay x) (sqrt(v / (1 - beta2^t)) + eps) (1 - beta1^t)
 
-    Each element of `D + decay x` is clamped to what Adam can move it
-    (`OptimizerSettings.max_movement`): otherwise a client reporting too small a sum of learning
-    rates would make everyone's next step too long. SGD moves x by `-lr` times its buffer, which
-    contains the decay, so `m = -D`.
+    SGD moves x by `-lr` times its buffer, which contains the decay, so `m = -D`. Nothing is limited
+    here; see `limit_first_moment`.
 
     Args:
         displacement: D, the weighted mean of each client's `(x_end - x_start) / sum of its learning
@@ -164,9 +162,13 @@ def reconstruct_moments(
     if second is None:
         return Moments(-displacement, None, step)
     movement = displacement + settings.weight_decay * start
-    movement = movement.clamp(-settings.max_movement, settings.max_movement)
-    root = (second / (1 - settings.beta2**step)).sqrt() + settings.epsilon
+    root = _adam_denominator(second, step, settings)
     return Moments(-movement * root * (1 - settings.beta1**step), second, step)
+
+
+def _adam_denominator(second: Tensor, step: int, settings: OptimizerSettings) -> Tensor:
+    """Return `sqrt(v / (1 - beta2^t)) + eps`, by which Adam divides the first moment."""
+    return (second / (1 - settings.beta2**step)).sqrt() + settings.epsilon
 
 
 def limit_first_moment(
@@ -175,10 +177,12 @@ def limit_first_moment(
     """Limit a mean first moment to what an optimizer can arrive at.
 
     Otherwise one client that reports a false moment, or too small a sum of learning rates, would
-    make everyone's next step too long. Adam's elements are limited to what moves a number by
-    `OptimizerSettings.max_movement`. SGD's buffer is limited in its norm: with clipped gradients it
-    never exceeds `(gradient_norm + decay ||x||) / (1 - momentum)`, or what it was before the round
-    if that is more.
+    make everyone's next step too long. Adam's elements are limited to what moves a parameter by
+    `OptimizerSettings.max_movement` learning rates.
+
+    SGD's buffer is limited in its norm: with clipped gradients it never exceeds
+    `(gradient_norm + decay ||x||) / (1 - momentum)`, or what it was before the round if that is
+    more.
 
     Args:
         moments: The mean over the clients of one parameter's moments.
@@ -188,7 +192,9 @@ def limit_first_moment(
     """
     first = moments.first
     if moments.second is not None:
-        root = (moments.second / (1 - settings.beta2**moments.step)).sqrt() + settings.epsilon
+        if math.isinf(settings.max_movement):
+            return moments
+        root = _adam_denominator(moments.second, moments.step, settings)
         largest = settings.max_movement * root * (1 - settings.beta1**moments.step)
         return Moments(first.clamp(-largest, largest), moments.second, moments.step)
     if not 0 <= settings.momentum < 1:  # old gradients never fade

@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> None:
-    """Run a command; end the process with a message for an error that the user can mend."""
+    """Run a command; end the process with a message for an error that the user can fix."""
     # End errors with a message and an exit code rather than a traceback.
     try:
         app(arguments, standalone_mode=True)

@@ -93,7 +93,7 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
     if not file.is_file():
         what = f"no {CONFIG_FILE} in {directory}"
         if not directory.is_dir():
-            what = f"{directory} is no directory"
+            what = f"{directory} is not a directory"
         raise AdapterError(
             f"{name}: {what}; wanted a directory written by PEFT{_describe_other(directory)}"
         )

@@ -139,8 +139,8 @@ class SharedOptimizer:
                 if not first_step <= moment.step <= last_step:
                     raise PayloadError(
                         f"{name}: optimizer tensor {key}.step is {moment.step}; wanted at most "
-                        f"{last_step}, the steps of this round and those behind the moments that "
-                        f"it began with, and at least those {first_step}"
+                        f"{last_step}, and at least the {first_step} steps of the moments that the "
+                        "client began with"
                     )
                 if (moment.second is not None) != self._has_second:
                     raise PayloadError(

@@ -116,7 +116,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     except msgspec.ValidationError as problem:
         message = validation_message(problem)
         name = message.partition(":")[0].partition(".")[0]
-        value = printable(repr(arguments.get(name)), 100)
+        value = short_repr(arguments.get(name))
         raise ConfigError(f"training argument {message}; the value is {value}") from problem
     for name in ("optim", "lr_scheduler_type"):
         if name in arguments:
@@ -166,7 +166,7 @@ def check_optimizer_options(arguments: Mapping[str, Any]) -> None:
     for assignment in text.split(",") if text else ():
         if assignment.count("=") != 1:
             raise ConfigError(
-                f"training argument optim_args: {printable(repr(assignment), 100)} is not of the "
+                f"training argument optim_args: {short_repr(assignment)} is not of the "
                 "form name=value; wanted such pairs with commas between them, for example "
                 '"momentum=0.9, nesterov=true"'
             )

@@ -270,7 +270,7 @@ def test_broken_folders_are_refused_by_name(stock, tmp_path):
 def test_other_folders_and_files_are_refused_with_what_they_are(stock, tmp_path):
     base, paths, _ = stock
     with pytest.raises(
-        AdapterError, match="config.json is no directory; wanted a directory written by"
+        AdapterError, match="config.json is not a directory; wanted a directory written by"
     ):
         read_adapter(paths[0] / "adapter_config.json")
     with pytest.raises(AdapterError, match="It holds a model, not an adapter"):
