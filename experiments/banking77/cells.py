@@ -6,7 +6,7 @@
 
 Task, model, grid and rule for learning rates are those of moments.py. FedMomentum with either split,
 FedEx-LoRA and FedIT all share the optimizer's moments; the comparison is on seeds of its own, 16 to
-23, each run once.
+23, each run once. The cell in which that found a difference is repeated on 16 more seeds.
 
 One thread, some twenty minutes a cell, `long` and `clients` an hour. The result is one line a run in
 cell-CELL.csv under `--table`, by default results/: a run that is there is not made again.
@@ -37,6 +37,8 @@ METHODS = (
     f"fedit:{moments.SHARED}",
 )
 SEEDS = tuple(range(16, 24))
+REPLICATED = {"hundred": tuple(range(24, 40))}
+"""Cell to more seeds, at the same learning rates: does the difference appear again?"""
 CELLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rank-1": ("few", ("lora.rank=1", "lora.lora-alpha=2")),
     "skew": ("few", ("data.concentration=0.02",)),
@@ -78,7 +80,8 @@ def main() -> int:
             return trials.reproduce(settings(name, out), method, seed, out, table)
         for name in [options.only] if options.only else list(CELLS):
             config = settings(name, out)
-            trials.tune_and_score(config, methods, SEEDS, out / name, tables / f"cell-{name}.csv")
+            seeds = SEEDS + REPLICATED.get(name, ())
+            trials.tune_and_score(config, methods, seeds, out / name, tables / f"cell-{name}.csv")
     return 0
 
 

@@ -1,10 +1,12 @@
-"""The table of cells.py in docs/appendix/results.md.
+"""The tables of cells.py in docs/appendix/results.md.
 
-python experiments/banking77/cells_figures.py     prints it
+python experiments/banking77/cells_figures.py     prints them
 
 A method is listed in a cell when all of its seeds are there. Differences are to the first variant of
 FedMomentum that is.
 """
+
+from collections.abc import Iterable, Sequence
 
 import cells
 from figures import column_of, difference, interval, mean_of, percent
@@ -33,12 +35,22 @@ TITLES = {
 
 def tables() -> str:
     """Return the cells that are committed as Markdown."""
+    return _table((cell, cells.SEEDS) for cell in TITLES)
+
+
+def replication() -> str:
+    """Return the cells that were repeated on more seeds, as `tables` does."""
+    return _table(cells.REPLICATED.items())
+
+
+def _table(seeds_by_cell: Iterable[tuple[str, Sequence[int]]]) -> str:
+    """Return the scores of cells on the given seeds as Markdown."""
     lines = [
         "| cell | method | learning rate | exact match, % | loss | to FedMomentum, points |",
         "|---|---|---|---|---|---|",
     ]
-    for cell, title in TITLES.items():
-        by_method = committed_scores(f"cell-{cell}", cells.SEEDS)
+    for cell, seeds in seeds_by_cell:
+        by_method = committed_scores(f"cell-{cell}", seeds)
         exact = column_of(by_method, "exact_match")
         losses = column_of(by_method, "loss")
         rates = column_of(by_method, "rate")
@@ -46,7 +58,7 @@ def tables() -> str:
         for method in listed:
             is_baseline = method == listed[0]
             row = [
-                title,
+                TITLES[cell],
                 NAMES[method],
                 f"{mean_of(rates[method].values()).mean:g}",
                 percent(mean_of(exact[method].values())),
@@ -59,3 +71,5 @@ def tables() -> str:
 
 if __name__ == "__main__":
     print(tables())
+    print()
+    print(replication())

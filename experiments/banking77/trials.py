@@ -176,11 +176,11 @@ def measures(run: RunResults) -> Row:
 def committed_scores(
     name: str, seeds: Sequence[int], directory: Path = RESULTS
 ) -> dict[str, dict[int, Row]]:
-    """Return the scores of the methods that have all seeds, by method and seed.
+    """Return the scores with the given seeds, by method and seed, of the methods that have them all.
 
     Args:
         name: The table, NAME.csv; it need not exist.
-        seeds: The seeds.
+        seeds: The seeds; runs with other ones are left out.
         directory: The directory of the table.
     """
     file = directory / f"{name}.csv"
@@ -188,4 +188,8 @@ def committed_scores(
     for row in read_rows(file) if file.is_file() else []:
         if row["kind"] == "score":
             found.setdefault(row["method"], {})[int(row["seed"])] = row
-    return {method: by_seed for method, by_seed in found.items() if by_seed.keys() >= set(seeds)}
+    complete = {}
+    for method, by_seed in found.items():
+        if by_seed.keys() >= set(seeds):
+            complete[method] = {seed: by_seed[seed] for seed in seeds}
+    return complete

@@ -260,7 +260,7 @@ def parse_task(text: bytes, name: str) -> TaskFile:
     except DataError as problem:
         raise DataError(f"{name}, {problem}") from None
     except msgspec.ValidationError as problem:
-        raise DataError(f"{name}: {validation_message(problem)}") from problem
+        raise DataError(f"{name}: {validation_message(problem, table)}") from problem
     # such as a nonexistent date, a list as a key, or endless nesting
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as problem:
         raise DataError(f"{name}: not valid YAML: {' '.join(str(problem).split())}") from problem

@@ -239,8 +239,8 @@ def _parse(own: Mapping[str, Any], kind: type[T], what: str) -> T:
     except msgspec.ValidationError as error:
         known = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
         raise ConfigError(
-            f"{what}: {validation_message(error)}. Keys without a section are {known}; all others "
-            "are section.key of docs/configuration.md"
+            f"{what}: {validation_message(error, own)}. Keys without a section are {known}; all "
+            "others are section.key of docs/configuration.md"
         ) from error
 
 

@@ -265,7 +265,7 @@ def as_manifest(value: Manifest | Mapping[str, Any], name: str) -> Manifest:
     try:
         return msgspec.convert(value, Manifest)
     except (msgspec.ValidationError, RecursionError) as problem:
-        raise ModelError(f"{name}: {validation_message(problem)}") from problem
+        raise ModelError(f"{name}: {validation_message(problem, value)}") from problem
 
 
 def check_format(kind: Any, version: Any, name: str) -> None:

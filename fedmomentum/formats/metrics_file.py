@@ -74,7 +74,7 @@ def parse_record_line(
     try:
         return msgspec.convert(row, RoundRecord)
     except msgspec.ValidationError as problem:
-        raise error(f"{name}: {validation_message(problem)}") from problem
+        raise error(f"{name}: {validation_message(problem, row)}") from problem
 
 
 def _keep_sums(evaluation: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return msgspec.convert(known, cls)
         except (msgspec.ValidationError, RecursionError) as problem:
-            raise AdapterError(f"{where}: {validation_message(problem)}") from problem
+            raise AdapterError(f"{where}: {validation_message(problem, known)}") from problem
 
     @property
     def targets(self) -> DeclaredTargets:

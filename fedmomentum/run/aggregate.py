@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from fedmomentum.aggregation.aggregate import aggregate_adapters, largest_rank
 from fedmomentum.base_model.checkpoint_files import read_config
 from fedmomentum.base_model.identity import BaseIdentity
 from fedmomentum.base_model.library_errors import translate_library_errors
 from fedmomentum.base_model.skeleton import Skeleton, load_skeleton
+from fedmomentum.base_model.weight_slots import WeightSlot, find_owners
 from fedmomentum.errors import AdapterError, ConfigError, ModelError
 from fedmomentum.global_model.base_loading import base_of_adapter, is_classifier
 from fedmomentum.global_model.model import GlobalModel
@@ -23,9 +25,9 @@ from fedmomentum.global_model.objects import StoredObject
 from fedmomentum.linalg.matrix import rank_bound
 from fedmomentum.lora.base_names import with_base
 from fedmomentum.lora.hub_adapter import find_adapter
-from fedmomentum.lora.module_names import EMBEDDING, split_expert
 from fedmomentum.lora.peft_config import plain_config
 from fedmomentum.lora.peft_folder import read_adapter
+from fedmomentum.lora.peft_layout import stacks
 from fedmomentum.utils.hub import split_revision
 
 if TYPE_CHECKING:
@@ -151,24 +153,40 @@ def check_shapes(adapters: Sequence[Adapter], directory: Path) -> None:
         AdapterError: If there are any; the message names adapter and module.
         ModelError: If the model cannot be built.
     """
-    sizes = {}
     model = _skeleton_for(adapters[0], directory).model
-    # A head that is tied to the embeddings is one of the modules, too.
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim == 2:
-            sizes[name.removesuffix(".weight")] = sorted(parameter.shape)
     for adapter in adapters:
         for module, matrix in adapter.modules.items():
-            # Experts share a parameter, and embeddings are named differently.
-            _, index = split_expert(module)
-            if index is not None or module.endswith(EMBEDDING):
-                continue
-            if sizes.get(module) != sorted(matrix.shape):
-                found = "does not have" if module not in sizes else "has in another size"
+            shape = _shape_in(model, module)
+            if shape != matrix.shape:
+                found = "does not have"
+                if shape is not None:
+                    found = f"has as {shape[0]} x {shape[1]}"
                 raise AdapterError(
                     f"{adapter.name} adapts {module} ({matrix.shape[0]} x {matrix.shape[1]}), "
                     f"which {directory} {found}; it is of another model than --base names"
                 )
+        for parameter, experts in stacks(adapter.modules, adapter.name).items():
+            num_experts = len(model.get_parameter(parameter))
+            if num_experts != len(experts):
+                raise AdapterError(
+                    f"{adapter.name} adapts {len(experts)} experts of {parameter}, of which "
+                    f"{directory} has {num_experts}; it is of another model than --base names"
+                )
+
+
+def _shape_in(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """Return `(out, in)` of a matrix in a base model; None if the model does not have it."""
+    try:
+        (owner,) = find_owners(model, [name]).values()
+    except ModelError:
+        return None
+    slot = WeightSlot.of(name, owner)
+    parameter = getattr(owner, slot.parameter, None)
+    dimensions = 2 if slot.expert is None else 3
+    if not isinstance(parameter, nn.Parameter) or parameter.ndim != dimensions:
+        return None
+    is_beyond_the_last = slot.expert is not None and slot.expert >= len(parameter)
+    return None if is_beyond_the_last else slot.shape
 
 
 def _skeleton_for(adapter: Adapter, directory: Path) -> Skeleton:

@@ -71,33 +71,45 @@ def parse_json(
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as problem:
-        refused = _refused_value(data, problem)
-        raise error(f"{name}: {validation_message(problem)}{refused}") from problem
+        raise error(f"{name}: {validation_message(problem, _decoded(data))}") from problem
     except (msgspec.DecodeError, RecursionError, UnicodeError, ValueError) as problem:
         raise error(f"{name}: not valid JSON: {problem}") from problem
 
 
-def validation_message(problem: Exception) -> str:
-    """Return msgspec's message, field first: ``metrics.loss: Expected `float`, got `str` ``."""
+def validation_message(problem: Exception, value: Any = None) -> str:
+    """Return msgspec's message, field first: ``metrics.loss: Expected `float`, got `str` ``.
+
+    Args:
+        problem: What msgspec raised.
+        value: What it could not convert. Where the message names a bound but not the number that
+            is out of it, the number is taken from here: ``r: Expected `int` >= 1; got 0``.
+    """
     text, _, path = str(problem).partition(" - at ")
     field = path.replace("`", "").replace("$.", "").replace("$", "")
     # Sanitize it, since an unknown field may have any name.
-    return printable(f"{field}: {text}" if field else text)
+    message = printable(f"{field}: {text}" if field else text)
+    return message + _refused_value(value, text, path)
 
 
-def _refused_value(data: bytes | str, problem: msgspec.ValidationError) -> str:
+def _decoded(data: bytes | str) -> Any:
+    """Return the value of JSON text whose end may be invalid; None then."""
+    try:
+        return msgspec.json.decode(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refused_value(value: Any, text: str, path: str) -> str:
     """Return ``; got 3`` if msgspec's message names a bound but not the rejected value."""
-    text, _, path = str(problem).partition(" - at ")
     if not path or ", got " in text or "[...]" in path:
         return ""
     try:
-        value = msgspec.json.decode(data)
         for key, index in re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", path):
             value = value[key] if key else value[int(index)]
-    # A key that contains a dot, a missing field, or invalid JSON after the rejected value.
-    except (LookupError, TypeError, ValueError, RecursionError):
+    # A key that contains a dot, or a missing field.
+    except (LookupError, TypeError):
         return ""
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (Mapping, list, tuple)):
         return ""
     return f"; got {printable(repr(value), 80)}"
 

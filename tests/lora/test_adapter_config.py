@@ -230,7 +230,7 @@ def test_thousands_of_modules_named_in_full_are_looked_up():
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"lora_alpha": 0}, "lora_alpha: Expected `float` > 0"),
+        ({"lora_alpha": 0}, "lora_alpha: Expected `float` > 0.0; got 0$"),
         ({"lora_alpha": -4}, "lora_alpha: Expected `float` > 0"),
         ({"lora_alpha": float("nan")}, "not valid JSON"),
         ({"lora_alpha": "4"}, "lora_alpha: Expected `float`, got `str`"),

@@ -73,7 +73,7 @@ def test_the_named_base_is_recorded_in_the_result_and_must_fit(base, tmp_path):
     ):
         aggregate_directories(directories, method, base=str(other))
     narrow = tiny_llama(tmp_path / "wide", width=64)
-    with pytest.raises(AdapterError, match="has in another size"):
+    with pytest.raises(AdapterError, match="has as 64 x 64"):
         aggregate_directories(directories, method, base=str(narrow))
 
 

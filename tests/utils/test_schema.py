@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from fedmomentum.errors import AdapterError, PayloadError
-from fedmomentum.utils.schema import Count, Hash, Label, Schema, Size, check_free_form, parse_json
+from fedmomentum.utils.schema import (
+    Count,
+    Hash,
+    Label,
+    Schema,
+    Size,
+    check_free_form,
+    parse_json,
+    validation_message,
+)
 from fedmomentum.utils.text import printable
 
 
@@ -48,6 +58,21 @@ def test_what_does_not_fit_is_refused_by_name_and_field(text, message):
     with pytest.raises(PayloadError, match=message) as caught:
         parse_json(text, Row, "site")
     assert str(caught.value).startswith("site: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"loss": -1.5}, "loss: Expected `float` >= 0.0; got -1.5"),
+        ({"loss": 1, "counts": {"a": -2}}, "counts[...]: Expected `int` >= 0"),
+        ({"loss": "1"}, "loss: Expected `float`, got `str`"),
+        ({}, "Object missing required field `loss`"),
+    ],
+)
+def test_a_converted_value_is_refused_with_the_number_that_is_out_of_range(value, message):
+    with pytest.raises(msgspec.ValidationError) as caught:
+        msgspec.convert(value, Row)
+    assert validation_message(caught.value, value) == message
 
 
 def test_the_error_is_the_callers():
