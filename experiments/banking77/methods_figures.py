@@ -156,20 +156,21 @@ def gain_table() -> str:
     return "\n".join(lines)
 
 
-def level_methods() -> list[str]:
-    """Return the methods that shared moments make level with FedMomentum, in both settings.
+def level_methods(setting: str) -> list[str]:
+    """Return the methods that shared moments make level with FedMomentum.
 
     These are the methods whose difference to FedMomentum, both with shared moments, has an
     interval that contains zero.
+
+    Args:
+        setting: `few` or `many`.
     """
-    exact = {setting: measures(setting)["exact_match"] for setting in TITLES}
+    exact = measures(setting)["exact_match"]
     level = []
     for method in NAMES:
         shared = f"{method}:{moments.SHARED}"
-        if all(shared in values for values in exact.values()):
-            means = [difference(values, shared, DEFAULT) for values in exact.values()]
-            if not any(is_apart(mean) for mean in means):
-                level.append(method)
+        if shared in exact and not is_apart(difference(exact, shared, DEFAULT)):
+            level.append(method)
     return level
 
 
