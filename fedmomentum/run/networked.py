@@ -101,9 +101,9 @@ def run_federation(
             started = handshake(transport, config, state.run_id, method)
             model = started.model.with_wire_dtype(wire_dtype(config.federation.downlink_dtype))
             model = with_start_adapter(start_adapter, config, method, model)
-            plan = served_plan(config, model, method, started.facts)
+            plan = served_plan(config, model, method, started.descriptions)
             callback_list.on_plan(plan)
-            _describe(directory, config, state.run_id, plan, model, started.facts, data)
+            _describe(directory, config, state.run_id, plan, model, started.descriptions, data)
         with TrackerCallback(config.run.report_to, directory, state.run_id) as trackers:
             steps = RoundSteps()
             if roster is not None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger("fedmomentum")
-MAX_FACTS_BYTES = 2**24
+MAX_DESCRIPTION_BYTES = 2**24
 MAX_ADAPTER_BYTES = 2**33
 
 
@@ -47,11 +47,11 @@ class Handshake:
 
     Attributes:
         model: The base model with a fresh adapter.
-        facts: Client to its description of itself.
+        descriptions: Client to its description of itself.
     """
 
     model: GlobalModel
-    facts: Mapping[str, Description]
+    descriptions: Mapping[str, Description]
 
 
 def handshake(transport: Transport, config: Config, run_id: str, method: Method) -> Handshake:
@@ -66,9 +66,9 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
     clients = list(transport.clients())
     # First ask what everyone has; only then for one adapter, which may be large.
     replies, failures = _ask(transport, run_id, clients, config, adapter=False)
-    facts = {client: _description(reply) for client, reply in replies.items()}
-    for candidate in _majority(facts, failures):
-        agreed = facts[candidate]
+    descriptions = {client: _description(reply) for client, reply in replies.items()}
+    for candidate in _majority(descriptions, failures):
+        agreed = descriptions[candidate]
         more, reasons = _ask(transport, run_id, [candidate], config, adapter=True)
         failures |= reasons
         if candidate not in more:
@@ -84,13 +84,13 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
                 agreed.labels,
                 agreed.quantization,
             )
-            _warn_of_differences(facts, agreed)
+            _warn_of_differences(descriptions, agreed)
             scaled = {m: matrix.scaled(-start.scalings[m]) for m, matrix in start.modules.items()}
             given_up = (StoredObject.of(scaled),) if method.reads_base else ()
             model = GlobalModel(
                 base, start, given_up, method=repr(method), personal=method.personal_factors
             )
-            return Handshake(model, facts)
+            return Handshake(model, descriptions)
     reasons_text = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
     raise QuorumError(
         f"none of {len(clients)} clients could start the run "
@@ -98,14 +98,16 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
     )
 
 
-def _structure(fact: Description) -> str:
+def _structure(description: Description) -> str:
     """Return what all clients must have in common: the base model and the trained modules."""
-    shapes = {module: list(shape) for module, shape in fact.shapes.items()}
-    quantization = str(fact.quantization)
-    return canonical_json([fact.sha256, quantization, shapes, fact.scalings, fact.saved_shapes])
+    shapes = {module: list(shape) for module, shape in description.shapes.items()}
+    quantization = str(description.quantization)
+    return canonical_json(
+        [description.sha256, quantization, shapes, description.scalings, description.saved_shapes]
+    )
 
 
-def _majority(facts: Mapping[str, Description], failures: Mapping[str, str]) -> list[str]:
+def _majority(descriptions: Mapping[str, Description], failures: Mapping[str, str]) -> list[str]:
     """Return the largest group of clients that agree on the base and the adapted modules, sorted.
 
     Raises:
@@ -114,13 +116,13 @@ def _majority(facts: Mapping[str, Description], failures: Mapping[str, str]) -> 
     """
     # Clients that describe the same base model and adapter form a group.
     groups: dict[str, list[str]] = {}
-    for client, fact in sorted(facts.items()):
-        groups.setdefault(_structure(fact), []).append(client)
+    for client, description in sorted(descriptions.items()):
+        groups.setdefault(_structure(description), []).append(client)
     ordered = sorted(groups.values(), key=lambda members: -len(members))
     if len(ordered) > 1 and len(ordered[0]) == len(ordered[1]):
         groups_text = "; ".join(
-            f"{', '.join(members)}: base SHA-256 {facts[members[0]].sha256[:16]}..., "
-            f"{len(facts[members[0]].shapes)} modules adapted"
+            f"{', '.join(members)}: base SHA-256 {descriptions[members[0]].sha256[:16]}..., "
+            f"{len(descriptions[members[0]].shapes)} modules adapted"
             for members in ordered
         )
         others = "".join(f"; {client}: {reason}" for client, reason in sorted(failures.items()))
@@ -142,7 +144,7 @@ def _ask(
         tasks[client] = Task(
             run_id, client, 0, DescribeRequest(adapter=adapter, is_secure=is_secure)
         )
-    limit = MAX_ADAPTER_BYTES if adapter else MAX_FACTS_BYTES
+    limit = MAX_ADAPTER_BYTES if adapter else MAX_DESCRIPTION_BYTES
     collected = Replies()
     replies = {}
     for client, reply in collect(transport, tasks, collected, limit):
@@ -171,13 +173,15 @@ def _check_labels(reply: Reply, wanted: Sequence[str]) -> None:
         PayloadError: If no tensor that it trains in full has one row per label.
     """
     name = f"client {reply.client_id}"
-    fact = _description(reply)
-    if list(fact.labels) != list(wanted):
+    description = _description(reply)
+    if list(description.labels) != list(wanted):
         raise ModelError(
-            f"{name}: its classifier's labels are {_listed(fact.labels)}; the run's are "
+            f"{name}: its classifier's labels are {_listed(description.labels)}; the run's are "
             f"{_listed(wanted)}. Give both sides the same model.task and model.labels, in one order"
         )
-    if wanted and not any(shape[:1] == [len(wanted)] for shape in fact.saved_shapes.values()):
+    if wanted and not any(
+        shape[:1] == [len(wanted)] for shape in description.saved_shapes.values()
+    ):
         raise PayloadError(
             f"{name}: no tensor that it trains in full has {len(wanted)} rows, one for each label"
         )
@@ -208,27 +212,28 @@ def _check_description(reply: Reply, lora: LoraConfig) -> None:
         FedMomentumError: If it would not; the message names the module or setting.
     """
     name = f"client {reply.client_id}"
-    fact = _description(reply)
+    description = _description(reply)
     hint = "Does its configuration have the run's [lora]?"
-    if not fact.shapes or fact.shapes.keys() != fact.scalings.keys():
+    if not description.shapes or description.shapes.keys() != description.scalings.keys():
         raise PayloadError(
             f"{name}: its description misses the scalings or the shapes of its modules"
         )
-    if fact.saved_shapes and not lora.modules_to_save and not fact.labels:
+    if description.saved_shapes and not lora.modules_to_save and not description.labels:
         raise AdapterError(
-            f"{name}: its adapter holds {min(fact.saved_shapes)}; this run trains no whole modules"
+            f"{name}: its adapter holds {min(description.saved_shapes)}; this run trains no whole "
+            "modules"
         )
-    for module, (out_size, in_size) in fact.shapes.items():
+    for module, (out_size, in_size) in description.shapes.items():
         if lora.rank > min(out_size, in_size):
             raise AdapterError(
                 f"{name}: module {module} is {out_size} x {in_size}; too small for rank {lora.rank}"
             )
-        if fact.scalings[module] != lora.scaling:
+        if description.scalings[module] != lora.scaling:
             raise AdapterError(
-                f"{name}: module {module} has scaling {fact.scalings[module]!r}; wanted "
+                f"{name}: module {module} has scaling {description.scalings[module]!r}; wanted "
                 f"{lora.scaling!r}. {hint}"
             )
-    _check_settings(fact.adapter_config, lora, name)
+    _check_settings(description.adapter_config, lora, name)
 
 
 def _first_adapter(reply: Reply, agreed: Description, config: Config, *, is_zero: bool) -> Adapter:
@@ -245,13 +250,13 @@ def _first_adapter(reply: Reply, agreed: Description, config: Config, *, is_zero
         AdapterError: If a module's product must be zero but is not, or parts of it can never train.
     """
     name = f"client {reply.client_id}"
-    fact = _description(reply)
-    if _structure(fact) != _structure(agreed):
+    description = _description(reply)
+    if _structure(description) != _structure(agreed):
         raise PayloadError(f"{name}: it described another base or other modules before")
     _check_tensors(reply.tensors, agreed, config.lora.rank, name)
     modules, saved = split_tensors(reply.tensors)
-    settings = {**fact.adapter_config, "base_model_name_or_path": config.model.name}
-    adapter = Adapter(modules, dict(fact.scalings), saved, settings, name)
+    settings = {**description.adapter_config, "base_model_name_or_path": config.model.name}
+    adapter = Adapter(modules, dict(description.scalings), saved, settings, name)
     check_magnitude(adapter)
     for module, matrix in modules.items():
         if is_zero and bool(matrix.B.any()):
@@ -264,7 +269,7 @@ def _first_adapter(reply: Reply, agreed: Description, config: Config, *, is_zero
                 f"{name}: module {module} of its fresh adapter has rows of A that depend on each "
                 "other"
             )
-    return Adapter(modules, dict(fact.scalings), saved, settings, "global adapter")
+    return Adapter(modules, dict(description.scalings), saved, settings, "global adapter")
 
 
 def _check_tensors(
@@ -320,27 +325,31 @@ def _check_settings(settings: Mapping[str, Any], lora: LoraConfig, name: str) ->
             )
 
 
-def _warn_of_differences(facts: Mapping[str, Description], agreed: Description) -> None:
+def _warn_of_differences(descriptions: Mapping[str, Description], agreed: Description) -> None:
     """Warn of clients with a different base, or with library versions that may change last bits."""
-    versions = Counter(canonical_json(fact.versions) for fact in facts.values())
-    for client, fact in sorted(facts.items()):
-        if fact.sha256 != agreed.sha256:
+    versions = Counter(
+        canonical_json(description.versions) for description in descriptions.values()
+    )
+    for client, description in sorted(descriptions.items()):
+        if description.sha256 != agreed.sha256:
             LOG.warning(
                 "%s has another base model (SHA-256 %s..., the run's is %s...); it will be left "
                 "out until it has the same",
                 client,
-                fact.sha256[:16],
+                description.sha256[:16],
                 agreed.sha256[:16],
             )
-        elif _structure(fact) != _structure(agreed):
+        elif _structure(description) != _structure(agreed):
             LOG.warning(
                 "%s adapts other modules than the run; it will be left out until its [lora] is the "
                 "run's",
                 client,
             )
-        elif fact.tokenizer_sha256 != agreed.tokenizer_sha256:
+        elif description.tokenizer_sha256 != agreed.tokenizer_sha256:
             LOG.warning("%s has another tokenizer or chat template than the others", client)
         if len(versions) > 1:
             LOG.warning(
-                "%s has %s", client, ", ".join(f"{k} {v}" for k, v in sorted(fact.versions.items()))
+                "%s has %s",
+                client,
+                ", ".join(f"{k} {v}" for k, v in sorted(description.versions.items())),
             )
