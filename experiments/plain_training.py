@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fedmomentum.aggregation.moments import Moments
 from fedmomentum.training import TrainReport
@@ -15,6 +16,8 @@ from fedmomentum.training.optimizer_state import read_moments, set_moments, trai
 
 BatchLoss = Callable[[list[int]], tuple[Tensor, int]]
 """Returns the mean loss of the examples with these indices, and how many targets it is over."""
+StartOptimizer = Callable[[Optimizer, Mapping[str, nn.Parameter], Mapping[str, Moments]], None]
+"""Makes an optimizer of named parameters continue from moments, as `set_moments` does."""
 
 
 def train_plainly(
@@ -29,6 +32,7 @@ def train_plainly(
     on_step: OnStep,
     penalty: Penalty | None = None,
     moments: Mapping[str, Moments] | None = None,
+    start_optimizer: StartOptimizer = set_moments,
 ) -> TrainReport:
     """Train with AdamW on shuffled batches, gradients clipped to norm 1.
 
@@ -43,12 +47,13 @@ def train_plainly(
         on_step: Called after each step.
         penalty: Added to the loss of every step.
         moments: The moments that the optimizer starts from.
+        start_optimizer: Gives them to it.
     """
     by_name = trained_parameters(model)
     parameters = list(by_name.values())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     if moments is not None:
-        set_moments(optimizer, by_name, moments)
+        start_optimizer(optimizer, by_name, moments)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     losses: list[float] = []

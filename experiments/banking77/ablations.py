@@ -22,10 +22,13 @@ import moments
 import trials
 
 BASELINE = f"fedmomentum:split=procrustes;{moments.SHARED}"
+FULL = "fedmomentum:split=procrustes;training.optimizer-state=shared-full"
 ABLATIONS = {
     "fedmomentum:split=procrustes;training.optimizer-state=fresh": "a new optimizer every round",
     "fedmomentum:split=procrustes;training.optimizer-state=local": "each client's own moments",
-    "fedmomentum:split=procrustes;training.optimizer-state=shared-full": "moments sent in full",
+    FULL: "moments sent in full",
+    f"{FULL};training.function=intents:train_with_first_moments": "first moments sent in full, second ones new every round",
+    f"{FULL};training.function=intents:train_with_second_moments": "second moments sent in full, first ones new every round",
     f"fedmomentum:split=balanced;{moments.SHARED}": "split balanced; moments rotated instead",
     f"fedmomentum:split=singular;{moments.SHARED}": "split singular; moments rotated instead",
     f"fedmomentum:split=procrustes;residual=carried;{moments.SHARED}": "residual carried into the next sum",

