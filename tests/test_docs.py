@@ -549,8 +549,9 @@ def test_the_results_are_those_of_the_committed_runs(monkeypatch):
     private = importlib.import_module("private_figures")
     for table in private.tables(private.read_rows(private.TABLE)).split("\n\n"):
         assert table in (ROOT / "docs" / "privacy.md").read_text()
-    cells = importlib.import_module("cells_figures").tables().strip()
-    assert cells.count("\n") > 1 and cells in text
+    cells = importlib.import_module("cells_figures")
+    for table in (cells.tables(), cells.replication()):
+        assert table.count("\n") > 1 and table in text
     monkeypatch.syspath_prepend(ROOT / "experiments" / "smollm2")
     language_model = importlib.import_module("tables")
     for comparison in language_model.TITLES:
