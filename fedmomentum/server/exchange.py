@@ -260,14 +260,13 @@ def contain_errors(client: str, failures: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except FedMomentumError as error:
-        failures[client] = printable(str(error))
+        # A reason is kept under the client's name, which need not be said twice.
+        failures[client] = printable(str(error).removeprefix(f"client {client}: "))
     except OSError:
         raise
     except Exception as error:
         LOG.debug("the answer of %s could not be handled", client, exc_info=error)
-        failures[client] = (
-            f"client {client}: its answer could not be handled ({type(error).__name__})"
-        )
+        failures[client] = f"its answer could not be handled ({type(error).__name__})"
 
 
 class _Payloads(Mapping[str, bytes]):

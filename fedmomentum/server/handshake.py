@@ -25,7 +25,7 @@ from fedmomentum.lora.adapter import PREFIX, Adapter, split_tensors
 from fedmomentum.lora.peft_config import check_config
 from fedmomentum.protocol.messages import DescribeRequest, Description, Reply, Task
 from fedmomentum.server.exchange import collect, contain_errors
-from fedmomentum.server.replies import Replies
+from fedmomentum.server.replies import Replies, joined_reasons
 from fedmomentum.server.reply_checks import check_magnitude
 from fedmomentum.utils.io import canonical_json
 from fedmomentum.utils.text import printable
@@ -91,10 +91,9 @@ def handshake(transport: Transport, config: Config, run_id: str, method: Method)
                 base, start, given_up, method=repr(method), personal=method.personal_factors
             )
             return Handshake(model, descriptions)
-    reasons_text = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
     raise QuorumError(
         f"none of {len(clients)} clients could start the run "
-        f"({reasons_text or 'no client is connected'})"
+        f"({joined_reasons(failures) or 'no client is connected'})"
     )
 
 
@@ -125,7 +124,7 @@ def _majority(descriptions: Mapping[str, Description], failures: Mapping[str, st
             f"{len(descriptions[members[0]].shapes)} modules adapted"
             for members in ordered
         )
-        others = "".join(f"; {client}: {reason}" for client, reason in sorted(failures.items()))
+        others = f"; {joined_reasons(failures)}" if failures else ""
         raise QuorumError(
             "the clients disagree on the base model or on what is adapted, and no group is larger "
             f"than the others ({groups_text}{others}). Give all of them the same base and the same "

@@ -27,6 +27,7 @@ from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SECOND_SU
 from fedmomentum.protocol.sum_work import projection_work
 from fedmomentum.secure_sum.messages import MIN_PARTIES, SumPlan, min_threshold
 from fedmomentum.server.kept_sums import KeptSum, KeptSums, TrainedParties
+from fedmomentum.server.replies import joined_reasons
 from fedmomentum.server.selection import ROUNDING, sample_size
 from fedmomentum.server.sum_exchange import SumExchange
 
@@ -145,7 +146,7 @@ class RoundSums:
         least = min_threshold(len(clients), trusts_server=trusts_server)
         threshold = max(of_a_round, least, quorum, MIN_PARTIES)
         if len(clients) < threshold:
-            reasons = "; ".join(f"{name}: {why}" for name, why in sorted(failures.items()))
+            reasons = joined_reasons(failures)
             raise QuorumError(
                 f"round {server_round}: {len(clients)} clients are left for a sum, and {threshold} "
                 f"are needed ({reasons or 'no others are connected'}). Rounds up to "

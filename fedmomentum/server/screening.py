@@ -304,7 +304,7 @@ def screen(
             ratios.append(ratio)
             own_bound = STEP_MARGIN * _work(displacement, others) if is_step_known else 0.0
             if ratio > max_ratio and displacement.in_steps > own_bound:
-                reasons.append(_reason(client, part, displacement, typical, ratio, max_ratio))
+                reasons.append(_reason(part, displacement, typical, ratio, max_ratio))
         # One part beyond both bounds is enough.
         results[client] = ScreeningResult(
             max(ratios, default=None), reasons[0] if reasons else None
@@ -341,7 +341,6 @@ def _work(displacement: Displacement, others: Sequence[Displacement]) -> float:
 
 
 def _reason(
-    client: str,
     part: str,
     displacement: Displacement,
     typical: float,
@@ -355,7 +354,7 @@ def _reason(
         else f"its update of the modules trained in full ({_SAVED})"
     )
     return (
-        f"client {client}: {what} has norm {displacement.norm:.3g}, {displacement.in_steps:.3g} "
+        f"{what} has norm {displacement.norm:.3g}, {displacement.in_steps:.3g} "
         f"times one optimizer step (steps requested: {displacement.num_steps}), and "
         f"{ratio:.0f} times the round's median for that work, {typical * displacement.step:.3g}; "
         f"at most {max_ratio:g} times is accepted (federation.outlier-norm-ratio)"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedmomentum.errors import QuorumError
+from fedmomentum.server.replies import joined_reasons
 from fedmomentum.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -63,11 +64,10 @@ def check_quorum(
     needed = max(1, math.ceil(min_valid_fraction * num_asked - ROUNDING))
     if num_valid >= needed:
         return
-    reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(failures.items()))
     raise QuorumError(
         f"round {server_round}: {num_valid} of {num_asked} clients gave a usable update, and "
-        f"at least {needed} must ({reasons}). Rounds up to {server_round - 1} are saved; mend the "
-        "clients and resume, or lower federation.min-valid-fraction"
+        f"at least {needed} must ({joined_reasons(failures)}). Rounds up to {server_round - 1} "
+        "are saved; mend the clients and resume, or lower federation.min-valid-fraction"
     )
 
 

@@ -9,7 +9,7 @@ from fedmomentum.results.run_results import RunResults
 from tests.report.folders import records, row, write_run
 
 CLIENTS = ["north", "south", "west"]
-TOO_LARGE = "client north: its update has norm 9, ... (federation.outlier-norm-ratio)"
+TOO_LARGE = "its update has norm 9, ... (federation.outlier-norm-ratio)"
 PARTITION = {
     "north": {"train": {"a": 90, "b": 6}, "test": {"a": 50}},
     "south": {"train": {"a": 3}},

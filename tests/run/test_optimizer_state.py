@@ -401,9 +401,9 @@ def test_replies_with_other_moments_are_left_out_by_name(folder, tmp_path, chang
     row = run_with_site1(with_tensors(change), config, tmp_path)
     assert row["accepted"] == ["site0", "site2"]
     if change is large:
-        assert "client site1: its second moments add up to" in row["failures"]["site1"]
+        assert row["failures"]["site1"].startswith("its second moments add up to")
     else:
-        assert "client site1: optimizer tensor" in row["failures"]["site1"]
+        assert row["failures"]["site1"].startswith("optimizer tensor")
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_false_numbers_of_steps_are_refused_by_name(folder, tmp_path, state, cha
 
     row = run_with_site1(lie, config, tmp_path)
     assert row["accepted"] == ["site0", "site2"]
-    assert "client site1" in row["failures"]["site1"] and message in row["failures"]["site1"]
+    assert message in row["failures"]["site1"]
 
 
 @pytest.mark.parametrize("state", ["shared", "shared-full"])

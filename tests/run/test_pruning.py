@@ -175,8 +175,8 @@ def test_a_run_resumes_to_the_same_bits(folder, tmp_path, stopped):
     assert objects(tmp_path / "parts") == objects(tmp_path / "whole")
 
 
-OUT_OF_RANGE = "client site1: its next_rank is {}; wanted a whole number from 1 to 4, its rank now"
-NO_RANK = "client site1: answer.next_rank: Expected `int"
+OUT_OF_RANGE = "its next_rank is {}; wanted a whole number from 1 to 4, its rank now"
+NO_RANK = "answer.next_rank: Expected `int"
 
 
 @pytest.mark.parametrize(

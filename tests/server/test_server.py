@@ -520,7 +520,7 @@ def test_below_the_quorum_the_run_stops_with_everything_saved_and_resumes(folder
     bad = dict.fromkeys(("site0", "site1"), _raise)
     with pytest.raises(
         QuorumError,
-        match=r"round 2: 1 of 3 .* at least 2 must .*site0: OSError.*Rounds up to 1 are saved",
+        match=r"round 2: 1 of 3 .* at least 2 must .*site0, site1: OSError.*Rounds up to 1 are saved",
     ):
         with_faults(config, out, bad, rounds={2})
     assert [row["round"] for row in timeless(out)] == [0, 1]
