@@ -3,7 +3,8 @@
 Messages are adapted to templates in two ways, identically in training, evaluation and generation:
 tool call arguments given as JSON text (OpenAI's format) become objects, as templates expect, and
 if a template does not support system messages, the system text is prepended to the first user turn.
-Tool calls and tool messages that a template would drop are refused.
+Messages that a template would drop are refused: tool calls, tool messages, roles that it does not
+know, and system messages where it expects none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmomentum.errors import DataError
 from fedmomentum.utils.chat_date import date_arguments
+from fedmomentum.utils.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,9 @@ SYSTEM_MARK = "fedmomentumsystem"
 CALL_MARK = "fedmomentumcall"
 RESULT_MARK = "fedmomentumresult"
 """The name of a tool and what it returns, for testing whether a template renders them."""
+
+MESSAGE_MARK = "fedmomentummessage"
+"""The text of a message, for testing whether a template renders it in its place."""
 
 _log = logging.getLogger(__name__)
 # Tokenizer -> its template, and whether that renders the message with each mark tried so far.
@@ -48,17 +53,18 @@ def chat_text(
             answer is appended.
 
     Raises:
-        DataError: If there is no template, or it rejects the messages or would drop a tool call or
-            the result of one.
+        DataError: If there is no template, or it rejects the messages or would drop one of them or
+            a tool call.
     """
     if tokenizer.chat_template is None:
         raise DataError(
             "the examples are chats (`messages`), but this model's tokenizer has no chat template: "
             "give plain `prompt` and `completion` text instead, or use an instruction-tuned model"
         )
+    written = template_messages(messages, tokenizer)
     try:
         text = tokenizer.apply_chat_template(
-            template_messages(messages, tokenizer),
+            written,
             add_generation_prompt=not ends_with_answer,
             tokenize=False,
             **date_arguments(tokenizer),
@@ -71,6 +77,7 @@ def chat_text(
         ) from error
     assert isinstance(text, str)  # tokenize=False
     _refuse_unwritten_tools(messages, tokenizer)
+    _refuse_unwritten_roles(written, len(messages) - len(written), tokenizer)
     return text
 
 
@@ -165,6 +172,35 @@ def _refuse_unwritten_tools(
             "would not see it: write it as the content of a user's or an assistant's message, drop "
             "the row, or use a model whose template writes tool calls and their results"
         )
+
+
+def _refuse_unwritten_roles(
+    messages: Sequence[dict[str, Any]], num_merged: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Reject messages of uncommon roles, or of the system in odd places, that would be left out.
+
+    Args:
+        messages: The messages as the template gets them.
+        num_merged: How many messages before them were merged into these.
+        tokenizer: The tokenizer.
+    """
+    for position, message in enumerate(messages):
+        role = message["role"]
+        is_common = role in ("user", "assistant", "tool")
+        if role == "system" and not position:
+            is_common = writes_system(tokenizer)
+        if is_common or not message["content"].strip():
+            continue
+        # The same chat with a mark in place of this message's text.
+        marked = [*messages[:position], {**message, "content": MESSAGE_MARK}]
+        marked += messages[position + 1 :]
+        if _writes(marked, MESSAGE_MARK, tokenizer) is False:
+            raise DataError(
+                f"message {position + num_merged + 1} is of the role {printable(role, 40)}, which "
+                "this model's chat template does not write in this place, so the model would not "
+                "see it: write it in a role that the template knows (system at the start, user or "
+                "assistant), drop the row, or use a model whose template writes it"
+            )
 
 
 # ── trying a template ─────────────────────────────────────────────────────────────────────────────

@@ -99,6 +99,53 @@ def test_tool_messages_that_a_template_drops_are_refused(template, prompt, messa
         tokens_of(example, tiny_tokenizer(template), loss_on)
 
 
+# Like Cohere's and Qwen3's: the system at the start, then turns of the user and the assistant.
+KNOWN_ROLES = (
+    "{% if messages[0].role == 'system' %}"
+    "{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}"
+    + CHAT_TEMPLATE.replace("messages %}", "messages if message.role in ('user', 'assistant') %}")
+)
+
+
+@pytest.mark.parametrize("loss_on", ["last", "all-assistant"])
+@pytest.mark.parametrize("answered", ["before", "not"])
+@pytest.mark.parametrize(
+    ("template", "messages", "shown"),
+    [
+        (KNOWN_ROLES, [{"role": "developer", "content": "Short."}, ASKED], "1 is of the role dev"),
+        (KNOWN_ROLES, [{"role": "human", "content": "2+2?"}], "1 is of the role human"),
+        (KNOWN_ROLES, [SYSTEM, ASKED, {"role": "function", "content": "4"}], "3 is of the role fu"),
+        (KNOWN_ROLES, [SYSTEM, ASKED, SYSTEM, ASKED], "3 is of the role system"),
+        # a system message that became part of the user's counts
+        (SILENT, [SYSTEM, ASKED, SYSTEM, ASKED], "3 is of the role system"),
+    ],
+)
+def test_messages_that_a_template_drops_are_refused(template, messages, shown, answered, loss_on):
+    prompt = tuple(messages)
+    if answered == "before":
+        prompt += ({"role": "assistant", "content": "4"}, ASKED)
+    tokenizer = tiny_tokenizer(template)
+    with pytest.raises(DataError, match=f"message {shown}.* template does not write"):
+        tokens_of(Example(prompt, "four"), tokenizer, loss_on)
+    with pytest.raises(DataError, match=f"message {shown}.* template does not write"):
+        prompt_token_ids(prompt, tokenizer)
+
+
+def test_a_system_message_without_a_users_that_it_could_begin_is_refused():
+    with pytest.raises(DataError, match=r"message 1 is of the role system.* does not write"):
+        tokens_of(Example((SYSTEM,), "four"), tiny_tokenizer(SILENT))
+
+
+def test_messages_of_any_role_that_a_template_writes_are_read():
+    roles = ("developer", "function", "system", "user")
+    prompt = tuple({"role": role, "content": f"<{role}>"} for role in roles)
+    text = tiny_tokenizer().decode(prompt_token_ids(prompt, tiny_tokenizer()))
+    assert all(f"<|im_start|>{role}\n<{role}><|im_end|>" in text for role in roles)
+    # an empty message leaves nothing out
+    empty = ({"role": "system", "content": ""}, ASKED, {"role": "system", "content": " "}, ASKED)
+    prompt_token_ids(empty, tiny_tokenizer(KNOWN_ROLES))
+
+
 def test_a_template_is_asked_again_after_it_was_replaced():
     tokenizer = tiny_tokenizer()
     with pytest.raises(DataError, match="message 2 holds tool_calls"):
