@@ -10,20 +10,24 @@ from fedmomentum.errors import DataError
 from fedmomentum.utils.text import printable
 
 FORMATS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("system",)),
-    "conversations": (("conversations",), ("system",)),
-    "prompt+completion": (("prompt", "completion"), ("system",)),
-    "chosen+rejected": (("chosen", "rejected"), ("prompt", "system")),
+    "messages": (("messages",), ("system", "history")),
+    "conversations": (("conversations",), ("system", "history")),
+    "prompt+completion": (("prompt", "completion"), ("system", "input", "context", "history")),
+    "chosen+rejected": (
+        ("chosen", "rejected"),
+        ("prompt", "system", "input", "context", "history"),
+    ),
     "instruction+output": (("instruction", "output"), ("input", "context", "system", "history")),
     "instruction+response": (
         ("instruction", "response"),
         ("context", "input", "system", "history"),
     ),
-    "question+answer": (("question", "answer"), ("context", "system", "history")),
+    "question+answer": (("question", "answer"), ("context", "system", "input", "history")),
     "text": (("text",), ()),
 }
 """Format -> the columns that identify it, and the optional ones that it reads if present.
 
+Some optional columns must be empty, since they belong to the prompt and cannot be a part of it.
 `answer` may replace `output`; `text` is used only if no other format fits.
 """
 

@@ -5,13 +5,13 @@ Errors name the file, the row (counted from 1, without a CSV header) and the col
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from fedmomentum.data.columns import find_format, resolve_names
 from fedmomentum.data.examples import MAX_CATEGORIES, Example
 from fedmomentum.data.label_columns import column_texts, file_prefix, read_column, warn_of_case
-from fedmomentum.data.row_formats import EMPTY_TEXTS, Cells, parse_row
+from fedmomentum.data.row_formats import Cells, is_empty, parse_row
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.rows import read_rows as read_rows
 from fedmomentum.errors import DataError
@@ -19,6 +19,17 @@ from fedmomentum.utils.text import short_repr
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_TOOLS = ("definitions of tools", "Write them into the system message")
+TEMPLATE_COLUMNS = {
+    "tools": _TOOLS,
+    "functions": _TOOLS,
+    "chat_template_kwargs": (
+        "arguments of the chat template",
+        "Use a model whose template has these values as its defaults",
+    ),
+}
+"""Columns that other trainers pass to the chat template -> what they hold, and what to do."""
 
 
 def to_examples(
@@ -46,7 +57,10 @@ def to_examples(
     - ``text``, if no other format fits: no prompt, and the entire text is learned.
 
     A ``system`` column alongside messages, an instruction or a question is the system message;
-    alongside a prompt that is plain text it is refused.
+    alongside a prompt that is plain text it is refused. So are columns that belong to the prompt
+    and cannot be a part of it, unless they are empty: ``history``; ``input`` and ``context``
+    alongside a prompt, and ``input`` alongside a question; and what other trainers pass to the chat
+    template (`TEMPLATE_COLUMNS`).
 
     Args:
         rows: The rows, from `read_rows`.
@@ -64,7 +78,8 @@ def to_examples(
     # Find the columns to read.
     rows = Rows.of(rows)
     form = find_format(rows.column_names, columns or {}, where)
-    _refuse_tools(rows, where)
+    if form.kind != "text":
+        _refuse_template_columns(rows, form.names.values(), where)
     if form.kind == "prompt+completion":
         names = resolve_names(rows.column_names, columns or {}, where)
         _refuse_verdicts(rows, names.get("label"), where)
@@ -101,19 +116,27 @@ def to_examples(
     return examples
 
 
-def _refuse_tools(rows: Rows, where: str) -> None:
-    """Reject a column of tool definitions, which chat templates would render into the chat."""
-    if "tools" not in rows.column_names:
-        return
-    for number, value in enumerate(read_column(rows, "tools", where), start=1):
-        # Text tables spell out "no tools".
-        if value and value not in EMPTY_TEXTS:
-            raise DataError(
-                f"{file_prefix(where)}{rows.place(number)}: column 'tools' holds "
-                f"{short_repr(value)}; definitions of tools are not supported, and left out they "
-                "would be missing from the prompt. Write them into the system message, or remove "
-                "the column"
-            )
+def _refuse_template_columns(rows: Rows, used: Collection[str], where: str) -> None:
+    """Reject columns that other trainers pass to the chat template, which writes them into chats.
+
+    Args:
+        rows: The rows.
+        used: The columns that are read as something else.
+        where: Name of the file, for error messages.
+
+    Raises:
+        DataError: If a row has such a value.
+    """
+    for column, (what, advice) in TEMPLATE_COLUMNS.items():
+        if column not in rows.column_names or column in used:
+            continue
+        for number, value in enumerate(read_column(rows, column, where), start=1):
+            if not is_empty(value):
+                raise DataError(
+                    f"{file_prefix(where)}{rows.place(number)}: column {column!r} holds "
+                    f"{short_repr(value)}; {what} are not supported, and left out they would be "
+                    f"missing from the prompt. {advice}, or remove the column"
+                )
 
 
 def _refuse_verdicts(rows: Rows, column: str | None, where: str) -> None:

@@ -19,6 +19,16 @@ USER_COLUMNS = {
 """Single-question formats -> the columns of the question and the answer."""
 CONTEXT_COLUMNS = ("input", "context")
 """The columns whose text follows the question."""
+EMPTY_COLUMNS = {
+    "messages": ("history",),
+    "conversations": ("history",),
+    "prompt+completion": ("history", *CONTEXT_COLUMNS),
+    "chosen+rejected": ("history", *CONTEXT_COLUMNS),
+    "instruction+output": ("history",),
+    "instruction+response": ("history",),
+    "question+answer": ("history", "input"),
+}
+"""Format -> columns that belong to the prompt and cannot be a part of it, so they must be empty."""
 EMPTY_TEXTS = ("[]", "{}", "null", "None")
 """How text tables represent an empty list."""
 TEXTS_OR_CHATS = ("prompt", "completion", "chosen", "rejected")
@@ -88,6 +98,8 @@ def parse_row(kind: str, cells: Cells) -> ParsedRow:
     """
     if kind == "text":
         return ParsedRow(None, cells.text("text"))
+    for column in EMPTY_COLUMNS[kind]:
+        _refuse_text(column, kind, cells)
     if kind in ("messages", "conversations"):
         chat = _with_system(cells.chat(kind, may_be_text=True), cells)
         return _parse_turns(chat, cells.names[kind])
@@ -96,6 +108,38 @@ def parse_row(kind: str, cells: Cells) -> ParsedRow:
     if kind == "chosen+rejected":
         return _parse_pair(_unpacked(cells))
     return _parse_question(kind, cells)
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a cell holds nothing, or the text by which tables represent that."""
+    if isinstance(value, str):
+        return not value.strip() or value.strip() in EMPTY_TEXTS
+    return value is None or value in ([], {})
+
+
+def _refuse_text(column: str, kind: str, cells: Cells) -> None:
+    """Reject a cell that must be empty, since the model would not see it.
+
+    Raises:
+        DataError: If it is not empty.
+    """
+    value = cells.get(column)
+    if is_empty(value):
+        return
+    if column == "history":
+        reason = "earlier turns are read from messages only"
+        remedy = "write the row as messages"
+    elif kind == "question+answer":
+        reason = "next to a question, only the text in 'context' is read"
+        remedy = f'read it as that: [data.columns] context = "{cells.names[column]}"'
+    else:
+        reason = "next to a prompt, no further text is read"
+        remedy = "write it into the prompt"
+    raise DataError(
+        f"column {cells.names[column]!r} holds {short_repr(value)}; {reason}, and left out it "
+        f"would be missing from the prompt: {remedy}, or leave the column out: [data.columns] "
+        f'{column} = ""'
+    )
 
 
 def _unpacked(cells: Cells) -> Cells:
@@ -109,14 +153,6 @@ def _unpacked(cells: Cells) -> Cells:
 
 def _parse_question(kind: str, cells: Cells) -> ParsedRow:
     """Return a user message and its answer."""
-    history = cells.get("history")
-    if history and history not in EMPTY_TEXTS:
-        raise DataError(
-            f"column {cells.names['history']!r} holds {short_repr(history)}; earlier turns are "
-            "read from messages only, and left out they would be missing from the prompt: write "
-            "the row "
-            'as messages, or leave the column out: [data.columns] history = ""'
-        )
     # The question, followed by its context.
     question_column, answer_columns = USER_COLUMNS[kind]
     question = "\n\n".join([cells.text(question_column), *_contexts(cells)])

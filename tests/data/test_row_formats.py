@@ -86,9 +86,21 @@ def test_columns_that_are_mapped_to_nothing_are_not_read(tmp_path):
     row = {"question": "Q", "answer": "A", "context": "C", "history": [["a", "b"]], "system": "S"}
     (example,) = examples(tmp_path, row, context="", history="", system="")
     assert example.prompt == ({"role": "user", "content": "Q"},)
-    row = {"prompt": "Q", "completion": "A", "label": True}
-    (example,) = examples(tmp_path, row, label="")
+    row = {"prompt": "Q", "completion": "A", "label": True, "input": "C"}
+    (example,) = examples(tmp_path, row, label="", input="")
     assert example.prompt == "Q"
+
+
+def test_an_alpaca_file_read_as_prompt_and_completion_does_not_lose_its_input(tmp_path):
+    row = {"instruction": "Add.", "input": "2, 2", "output": "4"}
+    with pytest.raises(DataError, match="column 'input' holds '2, 2'"):
+        examples(tmp_path, row, prompt="instruction", completion="output")
+    (example,) = examples(tmp_path, {**row, "input": ""}, prompt="instruction", completion="output")
+    assert (example.prompt, example.completion) == ("Add.", "4")
+    # what the message about a question says to do
+    row = {"question": "Add.", "input": "2, 2", "answer": "4"}
+    (example,) = examples(tmp_path, row, context="input")
+    assert example.prompt[0]["content"] == "Add.\n\n2, 2"
 
 
 @pytest.mark.parametrize(
@@ -160,6 +172,24 @@ def test_a_system_column_starts_the_chat(tmp_path):
             {"instruction": "a", "input": "c", "context": "d", "response": "b"},
             "the columns 'input' and 'context' both hold text",
         ),
+        ({"prompt": "a", "completion": "b", "input": "c"}, "column 'input' holds 'c'; .*input = "),
+        ({"prompt": "a", "completion": "b", "context": "c"}, "column 'context' holds 'c'; "),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "input": "d"},
+            "column 'input' holds 'd'; .*write it into the prompt",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "history": [["c", "d"]]},
+            "column 'history' holds .*write the row as messages",
+        ),
+        (
+            {**chat(("user", "a"), ("assistant", "b")), "history": [["c", "d"]]},
+            "column 'history' holds .*history = ",
+        ),
+        (
+            {"question": "a", "answer": "b", "input": "c"},
+            "column 'input' holds 'c'; .*context = \"input\".*input = ",
+        ),
         (
             {"question": "a", "answer": "b", "context": ["c"]},
             "column 'context' is .*must be text, or be left out: .*context = ",
@@ -187,11 +217,25 @@ def test_rows_without_anything_to_learn_are_refused_by_row_and_column(row, messa
         examples(tmp_path, row)
 
 
-def test_an_empty_list_of_tools_is_accepted(tmp_path):
-    rows = [{"question": "a", "answer": "b", "tools": tools} for tools in ("[]", "", None, [])]
-    assert len(examples(tmp_path, *rows)) == 4
-    with pytest.raises(DataError, match="row 1: column 'tools' holds"):
-        examples(tmp_path, {"question": "a", "answer": "b", "tools": '[{"name": "add"}]'})
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("tools", '[{"name": "add"}]'),
+        ("functions", [{"name": "add"}]),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)
+def test_what_a_chat_template_would_write_is_refused_unless_it_is_empty(column, value, tmp_path):
+    row = {"question": "a", "answer": "b"}
+    rows = [{**row, column: empty} for empty in ("[]", " ", None, [], {})]
+    assert len(examples(tmp_path, *rows)) == 5
+    with pytest.raises(DataError, match=f"row 2: column '{column}' holds"):
+        examples(tmp_path, row, {**row, column: value})
+    with pytest.raises(DataError, match=f"row 1: column '{column}' holds"):
+        examples(tmp_path, {**chat(("user", "a"), ("assistant", "b")), column: value})
+    # a column that is read, and a text without a prompt
+    examples(tmp_path, {**row, column: "c"}, context=column)
+    examples(tmp_path, {"text": "a", column: value})
 
 
 def test_messages_written_as_json_are_read_as_messages(tmp_path):
