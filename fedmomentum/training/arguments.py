@@ -85,16 +85,6 @@ CONFIGURED_ARGUMENTS = {
 }
 """Fields determined by the run's configuration, each with the key that sets it."""
 
-OPTIMIZER_OPTIONS = {
-    "adamw_torch": (),
-    "adamw_torch_fused": (),
-    "adafactor": (),
-    "sgd": ("momentum", "dampening", "nesterov"),
-    "adagrad": ("lr_decay", "eps"),
-    "rmsprop": ("momentum", "alpha", "eps", "centered"),
-}
-"""What transformers reads from `optim_args`, by optimizer; anything else would have no effect."""
-
 OPTIMIZERS_WITH_MOMENTS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Optimizers whose state can be set and read; for SGD, only with momentum."""
 
@@ -150,42 +140,6 @@ def _check_choice(name: str, value: str) -> None:
         hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
         raise ConfigError(
             f"training argument {name}: transformers has no {short_repr(value)}; {hint}"
-        )
-
-
-def check_optimizer_options(arguments: Mapping[str, Any]) -> None:
-    """Refuse options of an optimizer that transformers cannot parse or would ignore.
-
-    Args:
-        arguments: Fields of `transformers.TrainingArguments`.
-
-    Raises:
-        ConfigError: If `optim_args` has any; the message names it and what can be given.
-    """
-    text = str(arguments.get("optim_args") or "").replace(" ", "")
-    for assignment in text.split(",") if text else ():
-        if assignment.count("=") != 1:
-            raise ConfigError(
-                f"training argument optim_args: {short_repr(assignment)} is not of the "
-                "form name=value; wanted such pairs with commas between them, for example "
-                '"momentum=0.9, nesterov=true"'
-            )
-    name = str(arguments.get("optim", DEFAULT_OPTIMIZER))
-    known = OPTIMIZER_OPTIONS.get(name)
-    if known is None:
-        return
-    for option in optimizer_options(arguments):
-        if option in known:
-            continue
-        if option == "weight_decay":
-            advice = "set weight_decay in [training.arguments] itself"
-        elif name.startswith("adamw"):
-            advice = "set adam_beta1, adam_beta2 or adam_epsilon in [training.arguments], or none"
-        else:
-            advice = f"wanted {', '.join(known)}" if known else "remove it"
-        raise ConfigError(
-            f"training argument optim_args: {printable(option, 100)} has no effect on the "
-            f"optimizer {name}; {advice}"
         )
 
 

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from fedmomentum.errors import ConfigError
-from fedmomentum.training.arguments import check_optimizer_options, count_warmup_steps
+from fedmomentum.training.arguments import count_warmup_steps
 from fedmomentum.training.hf_trainer import LocalTrainingArguments, TrainableView
 from fedmomentum.training.isolation import global_state_restored
+from fedmomentum.training.unused_arguments import refuse_unused_arguments
 
 if TYPE_CHECKING:
     from fedmomentum.config.training import TrainingConfig
@@ -64,10 +65,10 @@ def trainer_arguments_from(arguments: dict[str, Any], **configured: Any) -> Loca
         Both, plus those that keep the trainer silent.
 
     Raises:
-        ConfigError: If the schedule needs evaluations, an option of the optimizer would have no
-            effect, or transformers rejects a value.
+        ConfigError: If the schedule needs evaluations, an argument would have no effect, or
+            transformers rejects a value.
     """
-    check_optimizer_options(arguments)
+    refuse_unused_arguments(arguments)
     schedule = str(arguments.get("lr_scheduler_type"))
     if schedule in SCHEDULES_WITH_EVALUATION:
         raise ConfigError(
@@ -127,7 +128,7 @@ def create_optimizer(trainer: Trainer, num_steps: int) -> Optimizer:
 def check_can_be_made(
     training: TrainingConfig, num_rounds: int, *, schedule_only: bool = False
 ) -> None:
-    """Make a run's optimizer and schedule once, for a single weight.
+    """Make a run's optimizer and schedule once, for a single weight, from arguments that count.
 
     Otherwise every client would fail in the first round.
 
@@ -137,15 +138,20 @@ def check_can_be_made(
         schedule_only: Whether clients train elsewhere, where other packages may be installed.
 
     Raises:
-        ConfigError: If one of them cannot be made; the message names the argument.
+        ConfigError: If one of them cannot be made, or an argument would have no effect; the message
+            names the argument.
     """
+    # A user's own function makes its own, and may read any argument.
+    if training.function is not None:
+        return
     given = dict(training.arguments)
+    refuse_unused_arguments(given)
     if schedule_only:
         for name in ("optim", "optim_args"):
             given.pop(name, None)
-    # What transformers chooses by itself can be made; a user's own function makes its own.
+    # What transformers chooses by itself can be made.
     names = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")
-    if training.function is not None or not any(name in given for name in names):
+    if not any(name in given for name in names):
         return
     # How many steps a client takes is not known yet, and does not matter here.
     num_steps = 10 + int(given.get("warmup_steps", 0))

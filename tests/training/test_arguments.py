@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_utils import SchedulerType
 
 from fedmomentum.config.training import LocalTraining
 from fedmomentum.data.examples import Example
@@ -26,6 +27,7 @@ from fedmomentum.training.arguments import (
     count_warmup_steps,
 )
 from fedmomentum.training.optimizer import trainer_arguments_from
+from fedmomentum.training.unused_arguments import refuse_unused_arguments
 from tests.runs import prepare, start, timeless, tiny_config
 from tests.tiny import tiny_llama
 from tests.training.keywords import train
@@ -262,6 +264,23 @@ def test_invalid_values_are_refused_by_name(arguments, message):
             {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"x": 1}},
             "schedule cosine cannot be made: .*'x'; correct lr_scheduler_kwargs",
         ),
+        (
+            {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+            "lr_scheduler_kwargs has no effect with lr_scheduler_type constant; name the schedule",
+        ),
+        (
+            {"lr_scheduler_kwargs": {"x": 1}, "warmup_steps": 1},
+            "lr_scheduler_kwargs has no effect with lr_scheduler_type constant_with_warmup",
+        ),
+        ({"optim": "sgd", "adam_beta1": 0.5}, "adam_beta1 has no effect on the optimizer sgd"),
+        (
+            {"optim": "lion_32bit", "adam_epsilon": 1e-6},
+            "adam_epsilon has no effect on the optimizer lion_32bit; .*use adamw_torch",
+        ),
+        (
+            {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "gradient_checkpointing_kwargs has no effect without gradient_checkpointing",
+        ),
     ],
 )
 def test_optimizers_that_transformers_cannot_build_are_refused_by_name(
@@ -274,6 +293,34 @@ def test_optimizers_that_transformers_cannot_build_are_refused_by_name(
         prepare(config, tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
         prepare_client(config, "site0", tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["adam_beta1", "adam_beta2", "adam_epsilon"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
+def test_arguments_are_refused_exactly_where_transformers_does_not_read_them(optim, name, tmp_path):
+    made = []
+    for value in (0.5, 0.25):
+        arguments = TrainingArguments(str(tmp_path), optim=optim, **{name: value})
+        made.append(Trainer.get_optimizer_cls_and_kwargs(arguments))
+    if made[0] != made[1]:
+        refuse_unused_arguments({"optim": optim, name: 0.5})
+        return
+    with pytest.raises(ConfigError, match=f"{name} has no effect on the optimizer {optim}"):
+        refuse_unused_arguments({"optim": optim, name: 0.5})
+
+
+@pytest.mark.parametrize("schedule", SchedulerType)
+def test_options_of_schedules_are_refused_exactly_where_transformers_does_not_read_them(schedule):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    options = {"no_such_option": 1}
+    arguments = {"lr_scheduler_type": schedule.value, "lr_scheduler_kwargs": options}
+    try:
+        get_scheduler(schedule, optimizer, 1, 10, scheduler_specific_kwargs=options)
+    except TypeError:
+        refuse_unused_arguments(arguments)
+        return
+    with pytest.raises(ConfigError, match="lr_scheduler_kwargs has no effect"):
+        refuse_unused_arguments(arguments)
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
