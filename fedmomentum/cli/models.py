@@ -238,7 +238,9 @@ def evaluate(
     category_column: Annotated[
         str | None, typer.Option(help="column whose values are scored separately")
     ] = None,
-    split: Annotated[str, typer.Option(help="split to use, if the data has several")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="split of --data, if it has several [default: test]")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="only the first N examples")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="most tokens in an example [default: the run's, or 512]")

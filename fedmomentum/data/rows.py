@@ -161,6 +161,12 @@ def read_rows(
     return rows
 
 
+def has_splits(source: str) -> bool:
+    """Return whether a source is a Hub data set, or a saved one with splits."""
+    path = Path(source)
+    return not path.exists() or (path / "dataset_dict.json").is_file()
+
+
 def file_ending(path: Path) -> str:
     """Return the extension that identifies a file's format: in lower case, without `.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]

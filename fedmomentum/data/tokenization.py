@@ -14,12 +14,15 @@ from fedmomentum.data.tokenized import Span, TokenizedExamples
 from fedmomentum.data.truncation import TokenIds, UntruncatedExamples, refuse_lost_answers
 from fedmomentum.data.turns import has_generation_marks, marked_turns, prefix_turns
 from fedmomentum.errors import DataError
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import first_few, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fedmomentum.data.examples import Example, Prompt
+
+MAX_OWNERS = 3
+"""The most parts of the examples that an error message names."""
 
 
 class _Text(NamedTuple):
@@ -85,18 +88,20 @@ def tokenize_parts(
     max_length: int,
     max_truncated_fraction: float,
     loss_on: str = "last",
+    trains: bool = True,
 ) -> tuple[TokenizedExamples, ...]:
     """Tokenize the parts of a client's examples; those that lose their answer are counted together.
 
     So whether they are too many does not depend on which of them are held out.
 
     Args:
-        parts: Each part's name, for error messages, and its examples. The first part is trained
-            on and must not lose all of its examples; the others may, or be empty.
+        parts: Each part's name, for error messages, and its examples; parts may be empty.
         tokenizer: See `tokenize`, as for the other arguments.
         max_length: The maximum number of tokens per row.
         max_truncated_fraction: The fraction of all examples that may lose their entire answer.
         loss_on: Which turns of a chat are learned.
+        trains: Whether the first part is trained on, and must not lose all of its examples; if not,
+            one example of any part is enough.
 
     Raises:
         DataError: See `tokenize`.
@@ -111,7 +116,8 @@ def tokenize_parts(
         untruncated,
         max_length=max_length,
         max_truncated_fraction=max_truncated_fraction,
-        owner=next(iter(parts)),
+        owner=next(iter(parts)) if trains else first_few(list(parts), MAX_OWNERS),
+        trains=trains,
     )
     return tuple(part.truncate(max_length) for part in untruncated)
 

@@ -76,15 +76,17 @@ def refuse_lost_answers(
     max_length: int,
     max_truncated_fraction: float,
     owner: str,
+    trains: bool = True,
 ) -> None:
     """Refuse examples of which too many would lose their entire answer.
 
     Args:
-        parts: The parts of a client's examples, counted together. The first, which is trained on,
-            must not lose all of its examples.
+        parts: The parts of the examples, counted together.
         max_length: The maximum number of tokens per row.
         max_truncated_fraction: The fraction of all examples that may be lost.
         owner: Whose examples these are, for error messages.
+        trains: Whether the first part is trained on, and must not lose all of its examples; if not,
+            one example of any part is enough.
 
     Raises:
         DataError: If too many are lost; the message says which length would be needed.
@@ -92,13 +94,20 @@ def refuse_lost_answers(
     num_retained = [len(part.retained(max_length)) for part in parts]
     num_examples = sum(len(part.rows) for part in parts)
     num_lost = num_examples - sum(num_retained)
-    if num_retained[0] and num_lost <= max_truncated_fraction * num_examples:
+    has_any = any(num_retained[:1] if trains else num_retained)
+    if has_any and num_lost <= max_truncated_fraction * num_examples:
         return
     lengths = sorted(length for part in parts for length in part.lengths)
+    allowed = ""
+    advice = "raise max-length, or shorten the prompts"
+    if has_any:
+        allowed = f" (allowed fraction: {max_truncated_fraction:g})"
+        advice = (
+            "raise max-length, shorten the prompts, or raise max-truncated-fraction to train "
+            "without those examples"
+        )
     raise DataError(
         f"{owner}: {num_lost} of {num_examples} examples lose their complete answer, because "
-        f"their prompt alone fills max-length = {max_length} tokens (allowed fraction: "
-        f"{max_truncated_fraction:g}). The longest example has {lengths[-1]} tokens, half have "
-        f"at most {lengths[len(lengths) // 2]}: raise max-length, shorten the prompts, or "
-        "raise max-truncated-fraction to train without those examples"
+        f"their prompt alone fills max-length = {max_length} tokens{allowed}. The longest example "
+        f"has {lengths[-1]} tokens, half have at most {lengths[len(lengths) // 2]}: {advice}"
     )

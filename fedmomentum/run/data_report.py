@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmomentum.base_model.hub import resolve_base
@@ -17,6 +16,7 @@ from fedmomentum.data.client_data import read_source
 from fedmomentum.data.columns import find_format, resolve_names
 from fedmomentum.data.labeled_texts import sort_labels
 from fedmomentum.data.prompts import prompt_key
+from fedmomentum.data.rows import has_splits
 from fedmomentum.run.task import make_rows
 from fedmomentum.utils.chat_date import set_chat_date
 
@@ -155,7 +155,7 @@ def report_data(source: str, split: str, config: Config, tokenizer: Any) -> Data
     prompts = Counter(prompt_key(example, config.training.loss_on) for example in examples)
     return DataReport(
         source=source,
-        split=split if _has_splits(source) else "",
+        split=split if has_splits(source) else "",
         origin=rows.origin,
         kind=kind,
         columns=columns,
@@ -171,12 +171,6 @@ def report_data(source: str, split: str, config: Config, tokenizer: Any) -> Data
         num_repeated=sum(count for count in prompts.values() if count > 1),
         is_refused=len(lost_rows) > config.data.max_truncated_fraction * len(examples),
     )
-
-
-def _has_splits(source: str) -> bool:
-    """Return whether a source is a hub data set, or a saved one with splits."""
-    path = Path(source)
-    return not path.exists() or (path / "dataset_dict.json").is_file()
 
 
 def _columns(rows: Rows, config: Config) -> tuple[dict[str, str], str]:

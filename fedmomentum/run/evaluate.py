@@ -22,6 +22,7 @@ from fedmomentum.formats.scores import NO_EXAMPLES, Score
 from fedmomentum.global_model.base_loading import is_classifier
 from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.client_examples import held_out_order
+from fedmomentum.run.evaluation_options import TEST_SPLIT, check_options
 from fedmomentum.run.inference import (
     DEFAULT_MAX_LENGTH,
     LoadSettings,
@@ -32,7 +33,7 @@ from fedmomentum.run.inference import (
 from fedmomentum.run.origin import check_data, fingerprints, refuse_missing_data, with_moved_paths
 from fedmomentum.run.saved_model import Result, open_result
 from fedmomentum.run.setup import load_data
-from fedmomentum.run.task import check_rows, make_rows
+from fedmomentum.run.task import check_rows, make_parts
 
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config
@@ -100,7 +101,7 @@ def evaluate_on(
     settings: LoadSettings,
     *,
     category_column: str | None = None,
-    split: str = "test",
+    split: str | None = None,
     limit: int | None = None,
     max_length: int | None = None,
     by_generation: bool = False,
@@ -113,39 +114,35 @@ def evaluate_on(
             own held-out examples, as many of each client's as its last evaluation used.
         settings: How to load the model.
         category_column: Column of `data` to group scores by.
-        split: Which split to use, if the data has several.
+        split: Which split of `data` to use; by default `TEST_SPLIT` if it has several.
         limit: Use at most this many examples; with the run's own, of each client.
         max_length: Maximum length of an example in tokens; by default the run's, or 512.
         by_generation: Generate answers and score their text, instead of one teacher-forced pass.
 
     Raises:
-        ConfigError: If a number is out of range, or there is no data.
+        ConfigError: If a number is out of range, an option would be ignored, or there is no data.
         FedMomentumError: See `ModelPair`, `read_rows`, `tokenize`.
     """
     config = result.config
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit must be at least 1; got {limit}")
-    if max_length is not None and max_length < 2:
-        raise ConfigError(f"--max-length must be at least 2; got {max_length}")
+    is_labeled = is_classifier(result.model.adapter)
+    check_options(
+        data,
+        category_column=category_column,
+        split=split,
+        limit=limit,
+        max_length=max_length,
+        is_labeled=is_labeled,
+    )
     # The examples: the user's, or the run's own held-out ones.
     if by_generation:
         refuse_generation(result)
-    is_labeled = is_classifier(result.model.adapter)
-    if is_labeled and category_column is not None:
-        raise ConfigError(
-            f"--category-column is {category_column!r}; a classifier is scored by label: leave it "
-            "out"
-        )
     if data is not None:
         task = CLASSIFICATION if is_labeled else CAUSAL_LM
-        _, examples = read_source(data, _reading(config, category_column), split, task)
+        _, examples = read_source(
+            data, _reading(config, category_column), split or TEST_SPLIT, task
+        )
         parts = [_Part(data, examples[:limit])]
     else:
-        if category_column is not None:
-            raise ConfigError(
-                "--category-column is a column of --data; the run's own examples have their "
-                "categories"
-            )
         parts = _held_out(result, limit)
     pair = ModelPair(result, settings)
     # No row may be longer than the model's context.
@@ -261,17 +258,18 @@ def _teacher_forced(
     def tokens() -> list[tuple[str, TokenizedExamples]]:
         tokenizer = pair.tokenizer
         if id(tokenizer) not in tokens_by_tokenizer:
+            # A client may have lost all of its examples, as in the run itself.
+            tokenized = make_parts(
+                {part.owner: part.examples for part in parts},
+                tokenizer,
+                pair.labels,
+                max_length=max_length,
+                max_truncated_fraction=1,
+                loss_on=training.loss_on,
+                trains=False,
+            )
             own = tokens_by_tokenizer[id(tokenizer)] = []
-            for part in parts:
-                rows = make_rows(
-                    part.examples,
-                    tokenizer,
-                    pair.labels,
-                    max_length=max_length,
-                    max_truncated_fraction=1,
-                    owner=part.owner,
-                    loss_on=training.loss_on,
-                )
+            for part, rows in zip(parts, tokenized, strict=True):
                 check_rows(pair.model, rows, pair.labels, part.owner)
                 own.append((part.client, rows[: part.most]))
         return tokens_by_tokenizer[id(tokenizer)]
@@ -280,6 +278,8 @@ def _teacher_forced(
         total = Evaluation(NO_EXAMPLES, {})
         by_client = {}
         for number, (client, examples) in enumerate(tokens()):
+            if not examples:
+                continue
             if examples.are_pairs:
                 examples = _with_reference(examples, references[number])
             one = evaluate_examples(

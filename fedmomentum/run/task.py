@@ -154,8 +154,18 @@ def make_parts(
     max_length: int,
     max_truncated_fraction: float,
     loss_on: str = "last",
+    trains: bool = True,
 ) -> tuple[TokenizedExamples, ...]:
-    """Tokenize the parts of a client's examples, what is trained on first, the rest may be empty.
+    """Tokenize the parts of a client's examples, each of which may be empty.
+
+    Args:
+        parts: Each part's name, for error messages, and its examples.
+        tokenizer: The base model's tokenizer.
+        labels: The labels of a classifier; none for a causal language model.
+        max_length: The maximum number of tokens per row.
+        max_truncated_fraction: The fraction of all examples that may lose their entire answer.
+        loss_on: Which turns of a chat are learned.
+        trains: Whether the first part is trained on, and must not lose all of its examples.
 
     Raises:
         DataError: If they cannot be used; see `tokenize_parts` and `tokenize_labeled`.
@@ -167,6 +177,7 @@ def make_parts(
             max_length=max_length,
             max_truncated_fraction=max_truncated_fraction,
             loss_on=loss_on,
+            trains=trains,
         )
     rows = []
     for owner, examples in parts.items():

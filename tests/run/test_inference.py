@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedmomentum.config.data import DataConfig
 from fedmomentum.errors import DataError, ModelError
 from fedmomentum.run.evaluate import evaluate_on
 from fedmomentum.run.inference import LoadSettings, ModelPair
@@ -270,6 +272,11 @@ def test_rows_that_are_too_long_are_counted(finished, tmp_path, call):
         (["evaluate", "--device", "tpu"], "'tpu' cannot be used"),
         (["evaluate", "--round", "9"], "keeps the rounds"),
         (["evaluate", "--category-column", "kind"], "is a column of --data"),
+        (["evaluate", "--split", "test"], "--split is 'test', a part of --data, and without"),
+        (
+            ["evaluate", "--split", "dev", "--data", __file__],
+            "--split is 'dev', and " + __file__ + " has no splits",
+        ),
         (
             ["generate", "--prompt", "ab", "--max-new-tokens", "0"],
             "--max-new-tokens must be at least 1; got 0",
@@ -288,6 +295,32 @@ def test_rows_that_are_too_long_are_counted(finished, tmp_path, call):
 def test_invalid_numbers_are_refused(finished, call, words, message):
     code, _, err = call(words[0], finished, *words[1:])
     assert code == 2 and message in err.replace("\n", " ") and "Traceback" not in err, err
+
+
+def test_a_client_whose_held_out_prompts_are_all_too_long_is_left_out_as_in_the_run(tmp_path):
+    def write(client, prompts):
+        rows = [{"prompt": prompt, "completion": "ab"} for prompt in prompts]
+        (tmp_path / f"{client}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return str(tmp_path / f"{client}.jsonl")
+
+    # prompts that occur twice are never held out
+    files = {
+        "north": write("north", [f"n{number}" for number in range(8)]),
+        "south": write("south", ["s", "s", *["x" * 60 + str(number) for number in range(6)]]),
+    }
+    data = DataConfig(
+        client_files=files, max_length=40, max_truncated_fraction=1.0, test_fraction=0.25
+    )
+    config = tiny_config(tmp_path, federation={"num_rounds": 1})
+    start(replace(config, data=data), tmp_path / "run")
+    result = open_result(tmp_path / "run")
+    comparison = evaluate_on(result, None, LoadSettings())
+    assert list(comparison.tuned.by_client) == ["north"]
+    assert (comparison.tuned.all.total.num_examples, comparison.num_lost) == (2, 2)
+    lost = r"north \(held out\), south \(held out\): 4 of 4 examples lose .*: raise max-length, or"
+    with pytest.raises(DataError, match=lost) as caught:
+        evaluate_on(result, None, LoadSettings(), max_length=2)
+    assert "max-truncated-fraction" not in str(caught.value)
 
 
 def test_the_limit_takes_the_first(folder, finished, tmp_path):
