@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -83,21 +84,31 @@ def _label(value: Any, label_names: Sequence[str] | None, place: str) -> str | i
     return value.strip() if isinstance(value, str) else value
 
 
-def warn_of_case(labels: Iterable[str], column: str, where: str) -> None:
-    """Warn of labels of a column that differ only in upper and lower case."""
+def warn_of_alike(labels: Iterable[str], column: str, where: str) -> None:
+    """Warn of labels of a column that look alike: in another case, or in other Unicode characters.
+
+    An accented letter can be one character or two, depending on the system that wrote it.
+    """
     alike: dict[str, str] = {}
     for label in sorted(set(labels)):
-        first = alike.setdefault(label.casefold(), label)
-        if first != label:
-            _log.warning(
-                "%scolumn %r has %r and %r, which differ only in upper and lower case; they are "
-                "taken for different values",
-                file_prefix(where),
-                column,
-                first,
-                label,
-            )
-            return
+        key = unicodedata.normalize("NFKC", label)
+        first = alike.setdefault(key.casefold(), label)
+        if first == label:
+            continue
+        difference = "upper and lower case"
+        shown = (repr(first), repr(label))
+        if unicodedata.normalize("NFKC", first) == key:
+            difference = "the Unicode characters that they are written with"
+            shown = (ascii(first), ascii(label))
+        _log.warning(
+            "%scolumn %r has %s and %s, which differ only in %s; they are taken for different "
+            "values",
+            file_prefix(where),
+            column,
+            *shown,
+            difference,
+        )
+        return
 
 
 def read_column(rows: Rows, name: str, where: str) -> list[Any]:
@@ -152,4 +163,5 @@ def with_units(
     if column is None:
         return list(examples)
     units = column_texts(rows, column, where=where)
+    warn_of_alike(units, column, where)
     return [replace(example, unit=unit) for example, unit in zip(examples, units, strict=True)]

@@ -54,6 +54,22 @@ def test_spaces_around_labels_are_removed_and_case_is_warned_of(tmp_path, caplog
     assert "column 'label' has 'Pos' and 'pos', which differ only in upper and lower" in caplog.text
 
 
+def test_labels_that_only_look_the_same_are_warned_of(tmp_path, caplog):
+    one, two = "caf\u00e9", "cafe\u0301"
+    examples = read(tmp_path, [{"text": "t", "label": label} for label in (one, two, "\u00fcber")])
+    assert {example.completion for example in examples} == {one, two, "\u00fcber"}
+    assert r"has 'cafe\u0301' and 'caf\xe9', which differ only in the Unicode" in caplog.text
+
+
+def test_people_who_would_be_protected_as_two_are_warned_of(tmp_path, caplog):
+    rows = [{"question": "Q", "answer": "A", "patient": name} for name in ("P-7", "p-7")]
+    file = write_rows(tmp_path / "d.jsonl", rows)
+    config = DataConfig(client_files={"north": file}, test_fraction=0.0)
+    (client,) = load_clients(config, 0, unit_column="patient")
+    assert [example.unit for example in client.train] == ["P-7", "p-7"]
+    assert "column 'patient' has 'P-7' and 'p-7', which differ only in upper" in caplog.text
+
+
 def test_class_labels_of_a_parquet_file_are_their_names(tmp_path):
     from datasets import ClassLabel, Dataset, Features, Value
 
