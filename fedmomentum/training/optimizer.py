@@ -28,7 +28,15 @@ SCHEDULE_EXAMPLES = {
     "warmup_stable_decay": "{ num_decay_steps = 2 }",
 }
 """Schedules that cannot do without `lr_scheduler_kwargs`, each with an example."""
-_BUILD_ERRORS = (ValueError, TypeError, ImportError, AttributeError, RuntimeError, AssertionError)
+_BUILD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def with_warmup(arguments: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
