@@ -73,6 +73,7 @@ def data(
     """Show how files of examples are interpreted, and what the model will see of them."""
     from fedmomentum.config.toml import from_dict, load_config
     from fedmomentum.run.data_report import load_tokenizer_of, report_data
+    from fedmomentum.run.task import check_task
     from fedmomentum.utils.process import quiet_libraries
 
     given = {
@@ -84,6 +85,7 @@ def data(
     }
     start = load_config(config) if config is not None else from_dict({})
     settings = _with_options(start, given, column or [])
+    check_task(settings)
     # Show every readable file, whatever is wrong with the others.
     sources = [(file, settings.data.split) for file in files or ()] or _sources(settings)
     with quiet_libraries():
@@ -93,7 +95,9 @@ def data(
             if number:
                 OUT.print()
             try:
-                report = report_data(source, split, settings, tokenizer)
+                report = report_data(
+                    source, split, settings, tokenizer, is_of_run=config is not None
+                )
             except DataError as error:
                 num_broken += 1
                 ERR.print(f"fedmomentum: {error}", markup=False)

@@ -144,23 +144,35 @@ def assign_clients(
         return _simulate_clients(config, examples, seed, has_categories=True)
     rows, examples = read_source(config.source, config, config.split, task)
     examples = with_units(rows, examples, unit_column, where=config.source)
+    owners = row_owners(rows, config)
+    if owners is not None:
+        return _by_owner(examples, owners)
+    has_categories = config.category_column is not None or task == CLASSIFICATION
+    return _simulate_clients(config, examples, seed, has_categories=has_categories)
+
+
+def row_owners(rows: Rows, config: DataConfig) -> Sequence[str] | None:
+    """Return the client of each row of the source; None if the source does not name its clients.
+
+    Raises:
+        DataError: If both the file and a column name clients, there is no such column, or a name
+            cannot be used.
+    """
     if rows.owners is not None:
         if config.client_column:
             raise DataError(
                 f"{config.source}: holds lists of rows by client, and data.client-column names a "
                 "column; leave one of them out"
             )
-        return _by_owner(examples, rows.owners)
+        return rows.owners
     if not config.client_column:
-        has_categories = config.category_column is not None or task == CLASSIFICATION
-        return _simulate_clients(config, examples, seed, has_categories=has_categories)
-    # A column names the client of each row.
+        return None
     owners = column_texts(rows, config.client_column, where=config.source)
     warn_of_alike(owners, config.client_column, config.source)
     for number, owner in enumerate(owners, start=1):
         where = f"{config.source}, row {number}, column {config.client_column!r}"
         check_client_name(owner, where, DataError)
-    return _by_owner(examples, owners)
+    return owners
 
 
 def read_source(

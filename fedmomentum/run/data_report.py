@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from fedmomentum.base_model.hub import resolve_base
 from fedmomentum.base_model.loading import load_tokenizer
 from fedmomentum.config.schema import CLASSIFICATION
-from fedmomentum.data.client_data import read_source
+from fedmomentum.data.client_data import read_source, row_owners
 from fedmomentum.data.columns import find_format, resolve_names
 from fedmomentum.data.labeled_texts import sort_labels
 from fedmomentum.data.prompts import prompt_key
 from fedmomentum.data.rows import has_splits
+from fedmomentum.objectives.choice import make_objective
 from fedmomentum.run.task import make_rows
+from fedmomentum.run.training_checks import check_pairs
 from fedmomentum.utils.chat_date import set_chat_date
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ class DataReport:
         columns: Our name of each column that is read, to the file's own.
         ignored: The file's columns that are not read.
         num_rows: Number of rows.
-        clients: Number of rows of each client, if the file names clients.
+        clients: Number of rows of each client, if the source names clients.
         shown: The first examples.
         percentiles: Percentile to the length of the examples in tokens.
         max_length: `data.max-length`.
@@ -111,7 +113,9 @@ def load_tokenizer_of(model: ModelConfig) -> Any:
     return tokenizer
 
 
-def report_data(source: str, split: str, config: Config, tokenizer: Any) -> DataReport:
+def report_data(
+    source: str, split: str, config: Config, tokenizer: Any, *, is_of_run: bool = False
+) -> DataReport:
     """Read a source as a run would, and report what is found.
 
     Args:
@@ -119,6 +123,7 @@ def report_data(source: str, split: str, config: Config, tokenizer: Any) -> Data
         split: The split to read, if the source has several.
         config: How to read it, and how long examples may be.
         tokenizer: The base model's tokenizer.
+        is_of_run: Whether the configuration is a run's, whose objective the examples must suit.
 
     Raises:
         DataError: If it cannot be used; the message names row and column.
@@ -137,6 +142,15 @@ def report_data(source: str, split: str, config: Config, tokenizer: Any) -> Data
         max_truncated_fraction=1,
         loss_on=config.training.loss_on,
     )
+    if is_of_run:
+        check_pairs(tokens, make_objective(config.training, labels), source)
+    owners = rows.owners
+    used = {config.data.category_column}
+    if config.privacy.dp is not None:
+        used.add(config.privacy.dp.unit_column)
+    if source == config.data.source:
+        owners = row_owners(rows, config.data)
+        used.add(config.data.client_column)
     max_length = config.data.max_length
     lengths = [tokens.example(index).length - bool(labels) for index in range(len(tokens))]
     # Which rows a run would cut at `max_length`, and which would have nothing left to learn.
@@ -151,7 +165,7 @@ def report_data(source: str, split: str, config: Config, tokenizer: Any) -> Data
             num_cut += _learned_end(tokens.example(index)) > max_length
     # Which columns are read, and which rows are duplicates.
     columns, kind = _columns(rows, config)
-    own_names = set(columns.values())
+    used.update(columns.values())
     prompts = Counter(prompt_key(example, config.training.loss_on) for example in examples)
     return DataReport(
         source=source,
@@ -159,9 +173,9 @@ def report_data(source: str, split: str, config: Config, tokenizer: Any) -> Data
         origin=rows.origin,
         kind=kind,
         columns=columns,
-        ignored=[name for name in rows.column_names if name not in own_names],
+        ignored=[name for name in rows.column_names if name not in used],
         num_rows=rows.num_rows,
-        clients=Counter(rows.owners or ()),
+        clients=Counter(owners or ()),
         shown=_shown_examples(examples, tokens, tokenizer, labels, max_length),
         percentiles=_percentiles(lengths),
         max_length=max_length,

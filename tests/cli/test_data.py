@@ -41,6 +41,38 @@ def test_a_length_of_zero_is_refused_and_not_taken_for_the_default(tmp_path, cal
     assert code == 2 and "data.max-length must be at least 2; got 0" in err
 
 
+def test_what_a_run_of_the_configuration_would_refuse_is_refused(base, tmp_path, capsys):
+    row = {"question": "Q?", "answer": "A", "office": "north", "topic": "forms", "id": 1}
+    write(tmp_path / "d.jsonl", row, {**row, "question": "R?", "office": "south"})
+    write(tmp_path / "t.jsonl", {"text": "a", "label": "x", "topic": "forms"})
+    config = tmp_path / "c.toml"
+
+    def described(*lines):
+        config.write_text("\n".join((f'model.name = "{base}"', *lines)) + "\n")
+        code, out, err = show(capsys, "--config", config)
+        return code, " ".join(out.split()), " ".join(err.split())
+
+    source = 'data.source = "d.jsonl"'
+    code, out, _ = described(
+        source, 'data.client-column = "office"', 'data.category-column = "topic"'
+    )
+    assert code == 0 and "not read id rows 2 of clients north 1, south 1" in out
+    code, _, err = described(source, 'data.client-column = "branch"')
+    assert code == 2 and "no column 'branch'" in err
+    code, _, err = described(source, 'training.objective = "dpo"')
+    assert code == 2 and "needs rows of prompt, chosen and rejected" in err
+    with pytest.raises(ConfigError, match="data.category-column is 'topic'; with model.task"):
+        described(
+            'model.task = "sequence-classification"',
+            'data.source = "t.jsonl"',
+            'data.category-column = "topic"',
+        )
+    # other files than the run's need not name its clients
+    config.write_text(f'model.name = "{base}"\n{source}\ndata.client-column = "branch"\n')
+    other = write(tmp_path / "other.jsonl", row)
+    assert show(capsys, other, "--config", config)[0] == 0
+
+
 def test_what_is_recognized_learned_dropped_and_repeated_is_shown(base, tmp_path, capsys):
     row = {"q": "2+2?", "a": "4", "id": 1}
     file = write(
