@@ -25,10 +25,10 @@ from fedmomentum.lora.adapter import PREFIX, Adapter, split_tensors
 from fedmomentum.lora.peft_config import check_config
 from fedmomentum.protocol.messages import DescribeRequest, Description, Reply, Task
 from fedmomentum.server.exchange import collect, contain_errors
-from fedmomentum.server.replies import Replies, joined_reasons
+from fedmomentum.server.replies import Replies
 from fedmomentum.server.reply_checks import check_magnitude
 from fedmomentum.utils.io import canonical_json
-from fedmomentum.utils.text import printable
+from fedmomentum.utils.text import joined_reasons, printable
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method

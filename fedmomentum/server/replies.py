@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedmomentum.protocol.messages import SECONDS, Reply
-from fedmomentum.utils.text import first_few
 
 
 @dataclass
@@ -34,19 +32,3 @@ class Replies:
         """How long the clients took to load the model, summed over those that report it."""
         replies = [reply.tensors for reply in self.replies.values()]
         return sum(float(tensors[SECONDS][0]) for tensors in replies if SECONDS in tensors)
-
-
-def joined_reasons(failures: Mapping[str, str]) -> str:
-    """Return why clients gave no usable reply, for an error message: ``a, b: no answer; c: ...``.
-
-    Clients with the same reason are listed together.
-
-    Args:
-        failures: Client to the reason.
-    """
-    clients_by_reason: dict[str, list[str]] = {}
-    for client, reason in sorted(failures.items()):
-        clients_by_reason.setdefault(reason, []).append(client)
-    return "; ".join(
-        f"{first_few(clients)}: {reason}" for reason, clients in clients_by_reason.items()
-    )

@@ -27,9 +27,9 @@ from fedmomentum.protocol.secure_messages import FIRST_SUM, SCORE_SUM, SECOND_SU
 from fedmomentum.protocol.sum_work import projection_work
 from fedmomentum.secure_sum.messages import MIN_PARTIES, SumPlan, min_threshold
 from fedmomentum.server.kept_sums import KeptSum, KeptSums, TrainedParties
-from fedmomentum.server.replies import joined_reasons
 from fedmomentum.server.selection import ROUNDING, sample_size
 from fedmomentum.server.sum_exchange import SumExchange
+from fedmomentum.utils.text import joined_reasons
 
 if TYPE_CHECKING:
     from fedmomentum.aggregation import Method

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedmomentum.errors import QuorumError
-from fedmomentum.server.replies import joined_reasons
 from fedmomentum.utils.seeding import derive_seed
+from fedmomentum.utils.text import joined_reasons
 
 if TYPE_CHECKING:
     from fedmomentum.config.schema import Config

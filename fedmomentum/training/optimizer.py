@@ -136,7 +136,7 @@ def create_optimizer(trainer: Trainer, num_steps: int) -> Optimizer:
 def check_can_be_made(
     training: TrainingConfig, num_rounds: int, *, schedule_only: bool = False
 ) -> None:
-    """Make a run's optimizer and schedule once, for a single weight, from arguments that count.
+    """Make a run's optimizer and schedule once, for a single weight; refuse unused arguments.
 
     Otherwise every client would fail in the first round.
 

@@ -1,7 +1,7 @@
 """Training arguments that transformers accepts and then does not use.
 
-Whoever sets one expects something of it, so they are refused. A training function of the user's own
-may read them all the same.
+A user who sets one expects an effect, so they are refused. A user's own training function may read
+any of them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 CONTROL_CHARACTERS = (
@@ -37,3 +37,19 @@ def first_few(texts: Sequence[str], max_shown: int = 5) -> str:
     """Join the first texts by commas, and add how many more there are; empty without texts."""
     shown = ", ".join(texts[:max_shown])
     return f"{shown} and {len(texts) - max_shown} more" if len(texts) > max_shown else shown
+
+
+def joined_reasons(failures: Mapping[str, str]) -> str:
+    """Return why clients gave no usable reply, for an error message: ``a, b: no answer; c: ...``.
+
+    Clients with the same reason are listed together.
+
+    Args:
+        failures: Client to the reason.
+    """
+    clients_by_reason: dict[str, list[str]] = {}
+    for client, reason in sorted(failures.items()):
+        clients_by_reason.setdefault(reason, []).append(client)
+    return "; ".join(
+        f"{first_few(clients)}: {reason}" for reason, clients in clients_by_reason.items()
+    )

@@ -2,7 +2,7 @@
 
 from fedmomentum.errors import PayloadError
 from fedmomentum.server.exchange import contain_errors
-from fedmomentum.server.replies import joined_reasons
+from fedmomentum.utils.text import joined_reasons
 
 
 def test_clients_with_the_same_reason_are_listed_together():
