@@ -16,6 +16,7 @@ from fedmomentum.cli.options import (
     DeviceOption,
     DtypeOption,
     StoreOption,
+    print_uncut,
     require_extra,
 )
 
@@ -112,7 +113,7 @@ def benchmark(
             on_step=on_step,
         )
     for table in benchmark_tables(results):
-        OUT.print(table)
+        print_uncut(table)
     OUT.print(CAPTION, markup=False, soft_wrap=True)
     for note in benchmark_notes(results):
         OUT.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)

@@ -19,11 +19,10 @@ def benchmark_tables(results: Sequence[TaskResult]) -> Iterator[Table]:
     """Yield one table per task: base and federated models side by side, one row per metric."""
     for result in results:
         num_examples = result.models[0].scores[0].num_examples
-        columns = number_columns("base", "federated", "difference")
         table = Table(
-            name_column("metric"),
-            Column("round", justify="right"),
-            *columns,
+            name_column("metric", min_width=_longest_word(result)),
+            Column("round", justify="right", no_wrap=True),
+            *number_columns("base", "federated", "difference"),
             title=Text(f"{result.task}, {num_examples} examples"),
             title_justify="left",
         )
@@ -40,6 +39,15 @@ def benchmark_tables(results: Sequence[TaskResult]) -> Iterator[Table]:
                 MISSING if line.difference is None else _points(line.difference),
             )
         yield table
+
+
+def _longest_word(result: TaskResult) -> int:
+    """Return the width in which no word of a metric's name is broken."""
+    words = ["metric"]
+    for model in result.models:
+        for score in model.scores:
+            words += score.name.split()
+    return max(map(len, words))
 
 
 def _percent(score: MetricScore) -> str:

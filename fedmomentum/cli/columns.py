@@ -3,9 +3,9 @@
 from rich.table import Column
 
 
-def name_column(title: str = "") -> Column:
+def name_column(title: str = "", *, min_width: int = 8) -> Column:
     """Return a column of names, which are broken where there is no room, and never cut off."""
-    return Column(title, overflow="fold", min_width=8)
+    return Column(title, overflow="fold", min_width=min_width)
 
 
 def number_columns(*titles: str) -> list[Column]:

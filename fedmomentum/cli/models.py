@@ -23,6 +23,7 @@ from fedmomentum.cli.options import (
     StoreOption,
     check_output_directory,
     print_full_width,
+    print_uncut,
 )
 from fedmomentum.errors import ConfigError
 
@@ -279,7 +280,7 @@ def evaluate(
             by_generation=by_generation,
         )
     OUT.print(evaluation_title(result, comparison), markup=False, soft_wrap=True)
-    OUT.print(evaluation_table(comparison))
+    print_uncut(evaluation_table(comparison))
     for note in evaluation_notes(comparison):
         OUT.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 

@@ -133,6 +133,23 @@ def print_full_width(table: Table) -> None:
     wide.print(table)
 
 
+def print_uncut(table: Table) -> None:
+    """Print a table in the terminal's width, or wider if its numbers do not fit there.
+
+    Rich cuts off what does not fit, numbers included. Only columns of names are folded.
+    """
+    wide = SafeConsole(highlight=False, width=MAX_TABLE_WIDTH)
+    names = [column for column in table.columns if column.overflow == "fold"]
+    # The least width is that of the table with its names folded as narrowly as they may be.
+    for column in names:
+        column.max_width = column.min_width
+    least = Measurement.get(wide, wide.options, table).maximum
+    for column in names:
+        column.max_width = None
+    wide.width = max(OUT.width, least)
+    wide.print(table)
+
+
 def shell_command(*words: object) -> str:
     """Return a command in a form that can be pasted into a shell."""
     return shlex.join(str(word) for word in words)

@@ -24,6 +24,7 @@ from fedmomentum.cli.options import (
     check_output_directory,
     check_resume_round,
     check_target,
+    print_uncut,
     require_flower,
     shell_command,
     warn_if_nothing_to_resume,
@@ -195,7 +196,7 @@ def compare(
         out, planned_runs, baseline=baseline, target=target, command=command
     )
     for table in comparison_tables(comparison):
-        OUT.print(table)
+        print_uncut(table)
     for line in gap_lines(comparison):
         OUT.print(line, soft_wrap=True)
     page = write_comparison_page([out])

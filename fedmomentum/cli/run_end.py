@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmomentum.cli.options import ERR, OUT, shell_command
+from fedmomentum.cli.options import ERR, OUT, print_uncut, shell_command
 from fedmomentum.errors import FedMomentumError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _print_summary(out: Path) -> Path:
     results = RunResults.load(out)
     # A table without any scores would look as if something had gone wrong.
     if any(record.evaluation is not None for record in results.rounds):
-        OUT.print(summary_table(results))
+        print_uncut(summary_table(results))
     else:
         OUT.print(f"No scores: {_why_no_scores(results, out)}", markup=False, soft_wrap=True)
     withheld = results.rounds[-1].withheld
