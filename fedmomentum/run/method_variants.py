@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fedmomentum.aggregation.registry import METHODS
 from fedmomentum.config.schema import Config, MethodConfig
 from fedmomentum.config.toml import apply_overrides
 from fedmomentum.config.toml_values import parse_value, split_outside, split_setting
@@ -95,9 +96,10 @@ def parse_methods(text: str, config: Config) -> list[MethodVariant]:
             if name not in REFERENCES:
                 make_method(run_config)
         except ConfigError as error:
-            raise ConfigError(
-                f"--methods {label}: {error}; and the references {', '.join(REFERENCES)}"
-            ) from error
+            # The error of an unknown name lists the methods.
+            is_unknown = name not in METHODS and ":" not in name
+            references = f"; and the references {', '.join(REFERENCES)}" if is_unknown else ""
+            raise ConfigError(f"--methods {label}: {error}{references}") from error
         variants.append(MethodVariant(label, method, tuple(overrides)))
     # Two labels must not share a directory, not even on file systems that ignore case.
     directories = [variant.directory.lower() for variant in variants]

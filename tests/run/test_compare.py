@@ -161,6 +161,21 @@ def test_invalid_methods_are_refused(folder, text, message):
         parse_methods(text, settings(folder))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fedmomentum:split=equal",
+        "fedit:training.rate=3",
+        "fedit:training.learning-rate=fast",
+        "no_such_module:Mine",
+    ],
+)
+def test_only_an_unknown_name_is_answered_with_the_names_there_are(folder, text):
+    with pytest.raises(ConfigError) as caught:
+        parse_methods(text, settings(folder))
+    assert "references" not in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["", "a", "0,1.5", "-1", "0,0", "0,,1"])
 def test_invalid_seeds_are_refused(text):
     with pytest.raises(ConfigError, match="--seeds must be whole numbers"):
