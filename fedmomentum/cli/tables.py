@@ -23,6 +23,7 @@ from fedmomentum.results.formatting import (
     number,
     percent,
     points,
+    target_percent,
     with_interval,
 )
 from fedmomentum.results.summary import total_seconds
@@ -364,7 +365,7 @@ def _cost_table(summaries: Sequence[MethodSummary], comparison: Comparison) -> T
     table = Table(
         name_column(),
         *number_columns("reached by", "rounds", "sent, both ways", "time"),
-        title=f"To {comparison.target:.0%} {comparison.measure}",
+        title=f"To {target_percent(comparison.target)} {comparison.measure}",
     )
     for summary in summaries:
         num_bytes = summary.bytes_to_target

@@ -36,6 +36,7 @@ def _environment(csv_link: Callable[[Plot], str]) -> jinja2.Environment:
     )
     environment.filters |= {
         "percent": formatting.percent,
+        "target": formatting.target_percent,
         "percent_range": formatting.percent_range,
         "points": formatting.points,
         "number": formatting.number,

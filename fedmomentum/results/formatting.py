@@ -19,6 +19,11 @@ def percent(fraction: float | None, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f}\u00a0%"
 
 
+def target_percent(fraction: float) -> str:
+    """Format a target that the user gave, with all of its digits: 0.725 as 72.5 %."""
+    return f"{100 * fraction:.6g}\u00a0%"
+
+
 def percent_range(interval: tuple[float, float]) -> str:
     """Format (0.342, 0.431) as 34.2 to 43.1 %."""
     low, high = interval
