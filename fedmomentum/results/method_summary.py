@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,30 +64,44 @@ class MethodSummary:
 
 def summarize_methods(comparison: Comparison) -> list[MethodSummary]:
     """Summarize every method over its seeds, in the order given."""
+    return [_summarize(comparison, method) for method in comparison.methods]
+
+
+def paired_differences(
+    comparison: Comparison, method: str, score_of: Callable[[MethodRun], float | None]
+) -> dict[int, float]:
+    """Return a method's scores minus the baseline's, by seed.
+
+    A seed is left out if one of the two scores is missing or not finite, or if they are over
+    different numbers of examples.
+
+    Args:
+        comparison: The comparison.
+        method: The method; the baseline itself has no differences.
+        score_of: Extracts the score from a run.
+    """
+    if method == comparison.baseline:
+        return {}
     baseline_runs = {one.seed: one for one in comparison.runs_of(comparison.baseline)}
-    summaries = []
-    for method in comparison.methods:
-        if method == comparison.baseline:
-            summaries.append(_summarize(comparison, method, {}))
-        else:
-            summaries.append(_summarize(comparison, method, baseline_runs))
-    return summaries
+    differences = {}
+    for run in comparison.runs_of(method):
+        baseline = baseline_runs.get(run.seed)
+        if baseline is None or run.num_examples != baseline.num_examples:
+            continue
+        score = score_of(run)
+        baseline_score = score_of(baseline)
+        if score is None or baseline_score is None:
+            continue
+        if math.isfinite(score - baseline_score):
+            differences[run.seed] = score - baseline_score
+    return differences
 
 
-def _summarize(
-    comparison: Comparison, method: str, baseline_runs: dict[int, MethodRun]
-) -> MethodSummary:
+def _summarize(comparison: Comparison, method: str) -> MethodSummary:
     """Summarize one method over its seeds."""
     runs = comparison.runs_of(method)
-
-    # Differences from the baseline, paired by seed.
-    exact_match_differences = []
-    loss_differences = []
-    for run in runs:
-        baseline = baseline_runs.get(run.seed)
-        if baseline is not None and run.num_examples == baseline.num_examples:
-            exact_match_differences.append(_subtract(run.exact_match, baseline.exact_match))
-            loss_differences.append(_subtract(run.loss, baseline.loss))
+    exact_matches = paired_differences(comparison, method, lambda run: run.exact_match)
+    losses = paired_differences(comparison, method, lambda run: run.loss)
 
     # The cost of reaching the target, over the seeds that reached it.
     candidates = [run.first_reaching(comparison.target) for run in runs]
@@ -99,19 +113,13 @@ def _summarize(
         loss=_estimate(run.loss for run in runs),
         best_exact_match=_estimate(run.best("exact_match", max) for run in runs),
         best_loss=_estimate(run.best("loss", min) for run in runs),
-        exact_match_difference=_estimate(exact_match_differences),
-        loss_difference=_estimate(loss_differences),
+        exact_match_difference=_estimate(exact_matches.values()),
+        loss_difference=_estimate(losses.values()),
         reached=len(reached),
         rounds_to_target=_estimate(float(point.round) for point in reached),
         bytes_to_target=_estimate(point.num_bytes for point in reached),
         seconds_to_target=_estimate(point.seconds for point in reached),
     )
-
-
-def _subtract(value: float | None, baseline: float | None) -> float | None:
-    if value is None or baseline is None:
-        return None
-    return value - baseline
 
 
 def _estimate(values: Iterable[float | None]) -> MeanEstimate | None:

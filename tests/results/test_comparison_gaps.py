@@ -1,11 +1,14 @@
 """What a comparison lacks is said, and not covered by a number."""
 
+import csv
+import io
 import json
 
 import pytest
 
 from fedmomentum.cli.tables import gap_lines
 from fedmomentum.report import write_comparison_page
+from fedmomentum.report.figures.method_scores import difference_plots
 from fedmomentum.results.comparison import compare_runs
 from fedmomentum.results.comparison_gaps import find_gaps
 from fedmomentum.results.method_summary import csv_rows, summarize_methods
@@ -58,6 +61,27 @@ def test_scores_over_other_examples_are_not_subtracted(tmp_path):
     assert find_gaps(comparison) == [
         "flora, seed 0: scored on 24 examples, and fedit on 40; the difference is left out"
     ]
+
+
+def test_a_figure_shows_the_seeds_that_its_mean_is_over(tmp_path):
+    """Of two seeds, one is scored on other examples; it is in neither the mean nor the figure."""
+    folders = []
+    for method, num_scored in (("fedit", 40), ("flora", 24)):
+        folders.append(write_method(tmp_path / f"{method}-0", method, seed=0))
+        folders.append(
+            write_method(tmp_path / f"{method}-1", method, seed=1, num_scored=num_scored)
+        )
+    comparison = compare_runs(folders, 0.5)
+    summaries = summarize_methods(comparison)
+    plots = difference_plots(comparison, summaries)
+    assert [plot.key for plot in plots] == ["exact-match-difference", "loss-difference"]
+    for plot in plots:
+        lines = list(csv.DictReader(io.StringIO(plot.csv)))
+        assert [(line["method"], line["seed"]) for line in lines] == [
+            ("flora", "0"),
+            ("flora", "mean"),
+        ]
+    assert summaries[1].loss_difference.count == 1
 
 
 def test_the_score_of_an_earlier_round_is_not_the_last(tmp_path):

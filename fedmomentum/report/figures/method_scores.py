@@ -14,7 +14,7 @@ from fedmomentum.report.figures.lines import omitted_note, present
 from fedmomentum.report.figures.svg import GRID, PAPER, Key, Plot, make_plot
 from fedmomentum.results.comparison import Comparison
 from fedmomentum.results.method_run import MethodRun
-from fedmomentum.results.method_summary import MethodSummary
+from fedmomentum.results.method_summary import MethodSummary, paired_differences
 from fedmomentum.results.statistics import MeanEstimate
 
 # Clients beyond this number are only in the data.
@@ -82,7 +82,7 @@ def _difference_plot(
         return None
     differences = {}
     for method in estimates:
-        differences[method] = _seed_differences(comparison, method, figure)
+        differences[method] = paired_differences(comparison, method, figure.score_of)
     names = [_split_label(method) for method in estimates]
     most_lines = max(name.count("\n") + 1 for name in names)
 
@@ -112,22 +112,6 @@ def _difference_plot(
         data=data,
         height=0.8 + max(0.42, 0.2 * most_lines) * len(estimates),
     )
-
-
-def _seed_differences(
-    comparison: Comparison, method: str, figure: DifferenceFigure
-) -> dict[int, float]:
-    """Return the method's score minus the baseline's, by seed."""
-    baseline_scores = {}
-    for run in comparison.runs_of(comparison.baseline):
-        baseline_scores[run.seed] = figure.score_of(run)
-    differences = {}
-    for run in comparison.runs_of(method):
-        score = figure.score_of(run)
-        baseline = baseline_scores.get(run.seed)
-        if score is not None and baseline is not None:
-            differences[run.seed] = score - baseline
-    return differences
 
 
 def _split_label(method: str) -> str:
