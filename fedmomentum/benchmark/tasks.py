@@ -7,6 +7,7 @@ lm-eval's code that imports, executes or downloads is reached.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ FEWSHOT_SEED = 1234
 _TEMPLATES = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True
 )
+
+_INDEX = re.compile("[0-9]{1,9}")
 
 Render = Callable[[Mapping[str, Any]], Any]
 
@@ -131,7 +134,7 @@ def _renders(data: TaskData) -> dict[str, Any]:
 def _render(data: TaskData, field: str, template: str, columns: set[str]) -> Render:
     """Return one template as a function; a column's name stands for the column."""
     if template in columns:
-        return lambda row: row[template]
+        return lambda row: _cell(data, field, template, row)
     try:
         compiled = _TEMPLATES.from_string(template)
     except jinja2.TemplateError as problem:
@@ -150,9 +153,20 @@ def _render(data: TaskData, field: str, template: str, columns: set[str]) -> Ren
     return render
 
 
+def _cell(data: TaskData, field: str, column: str, row: Mapping[str, Any]) -> Any:
+    """Return a row's value in a column of the test split, which other splits may lack."""
+    if column not in row:
+        raise DataError(
+            f"{data.path}: {field}: {printable(column, 80)!r} is a column of "
+            f"{data.file.test_split}, and not of all splits; another one has "
+            f"{printable(', '.join(sorted(row)), 200)}"
+        )
+    return row[column]
+
+
 def _as_index(value: Any) -> Any:
     """Convert a template's digits to the index of a choice, as lm-eval does."""
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, str) and _INDEX.fullmatch(value):
         return int(value)
     return value
 
@@ -162,7 +176,7 @@ def _as_list(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return None
     return value
 

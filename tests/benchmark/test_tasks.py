@@ -6,7 +6,8 @@ from lm_eval.api.task import ConfigurableTask
 
 from fedmomentum.benchmark.task_files import read_task
 from fedmomentum.benchmark.tasks import FEWSHOT_SEED, make_task
-from tests.benchmark.files import write_choices, write_sums
+from fedmomentum.errors import DataError
+from tests.benchmark.files import QUESTIONS, write_choices, write_rows, write_sums
 
 
 def stock_task(folder, name, num_fewshot):
@@ -57,3 +58,33 @@ def test_digits_are_an_index_in_a_template_and_a_text_in_a_column(tmp_path, targ
         assert task.process_results(row, results)["acc"] == 1.0
     assert prompts[0] == prompts[1]
     assert f"Answer: {row['choices'][right]}\n\n" in prompts[0][0][0]
+
+
+@pytest.mark.parametrize("digits", ["²", "1²", "٣", "9" * 5000])
+def test_digits_that_are_no_index_are_a_text(tmp_path, digits):
+    """Of these, str.isdigit() is true."""
+    row = {"question": "1+1?", "choices": ["1", digits], "answer": digits}
+    file = write_choices(tmp_path, rows=[row] * 3) / "choices.yaml"
+    text = file.read_text().replace("doc_to_target: answer", 'doc_to_target: "{{answer}}"')
+    file.write_text(text)
+    task = make_task(read_task(tmp_path, "choices"), 0)
+    task.build_all_requests()
+    assert task.process_results(row, [(-9.0, False), (-1.0, True)])["acc"] == 1.0
+    file.write_text(text.replace("doc_to_choice: choices", 'doc_to_choice: ["1", "2"]'))
+    with pytest.raises(DataError, match="is none of its 2 choices"):
+        make_task(read_task(tmp_path, "choices"), 0)
+
+
+def test_a_column_that_only_the_test_split_has_is_named(tmp_path):
+    write_choices(tmp_path)
+    rows = [{"question": one["question"], "options": one["choices"]} for one in QUESTIONS]
+    write_rows(tmp_path / "choices_train.jsonl", rows)
+    with pytest.raises(DataError, match="is a column of test, and not of all splits; another one"):
+        make_task(read_task(tmp_path, "choices"), 2)
+
+
+@pytest.mark.parametrize("choices", ["{[]: 1}", "{{}}", "['a', 'b'", "9" * 5000])
+def test_a_text_that_is_no_list_of_choices_is_refused(tmp_path, choices):
+    write_choices(tmp_path, rows=[{"question": "a", "choices": choices, "answer": "a"}] * 3)
+    with pytest.raises(DataError, match="gives no list of two choices or more"):
+        make_task(read_task(tmp_path, "choices"), 0)
