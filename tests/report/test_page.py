@@ -18,7 +18,7 @@ import pytest
 import fedmomentum.report
 from fedmomentum.errors import DataError, ModelError
 from fedmomentum.formats.scores import Score
-from fedmomentum.formats.withheld import PHRASES, SUMS_ONLY
+from fedmomentum.formats.withheld import NOISED_ONLY, PHRASES, SUMS_ONLY
 from fedmomentum.report import write_report
 from fedmomentum.results.run_results import RunResults
 from fedmomentum.results.summary import summarize_run
@@ -502,3 +502,18 @@ def test_a_run_of_sums_says_what_it_leaves_out_and_why(tmp_path):
     assert not set(one.data) & {"client-drift", "exactness", "partition-train"}
     plain = page(tmp_path / "plain", [row(r, CLIENTS, TASKS) for r in range(4)])
     assert "Left out on purpose" not in plain.text
+
+
+def test_scores_that_are_withheld_are_not_said_to_be_missing(tmp_path):
+    """A run with differential privacy has no evaluation, and that is on purpose."""
+    rows = [row(r, CLIENTS, TASKS) for r in range(3)]
+    for one in rows:
+        one["evaluation"] = None
+    plain = page(tmp_path / "plain", rows).text
+    assert "No evaluation was recorded" in plain and "Left out on purpose" not in plain
+    for one in rows:
+        one["withheld"] = msgspec.to_builtins(NOISED_ONLY)
+    private = page(tmp_path / "private", rows).text
+    section = private.split("Base model against federated model")[1]
+    assert "Left out on purpose; why is said at the top" in section.split("By round")[0]
+    assert "No evaluation was recorded" not in private
