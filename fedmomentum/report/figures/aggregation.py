@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from fedmomentum.formats.round_record import Diagnostics, PerFactor, RoundRecord
-from fedmomentum.report.figures.curves import Curve, finite, round_axes
+from fedmomentum.report.figures.curves import Curve, finite, marker_of, round_axes
 from fedmomentum.report.figures.lines import (
     Band,
     Line,
@@ -200,7 +200,7 @@ def _residual_norm_plot(rounds: Rounds) -> Plot | None:
                 *zip(*residual, strict=True),
                 color=SERIES[0],
                 linewidth=2.2,
-                marker="o",
+                marker=marker_of(residual),
                 markersize=4,
             )
         if carried:
@@ -209,7 +209,7 @@ def _residual_norm_plot(rounds: Rounds) -> Plot | None:
                 color=SERIES[1],
                 linewidth=1.8,
                 linestyle="--",
-                marker="s",
+                marker=marker_of(carried, "s"),
                 markersize=4,
             )
         round_axes(axes, "norm (% of the sum's)", from_zero=True)
@@ -276,7 +276,7 @@ def _draw_exactness(axes: Axes, positive: Curve, zero_rounds: list[int]) -> None
             *zip(*positive, strict=True),
             color=SERIES[0],
             linewidth=2.2,
-            marker="o",
+            marker=marker_of(positive),
             markersize=4,
         )
     axes.plot(

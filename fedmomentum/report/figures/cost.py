@@ -10,7 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from fedmomentum.report.figures.curves import color_of, name_axes, round_axes
+from fedmomentum.report.figures.curves import (
+    MAX_MARKED_ROUNDS,
+    color_of,
+    marker_of,
+    name_axes,
+    round_axes,
+)
 from fedmomentum.report.figures.lines import MAX_BARS, Rounds, category_label, omitted_note
 from fedmomentum.report.figures.svg import PAPER, SERIES, SOFT, Key, Plot, make_plot
 from fedmomentum.results.formatting import byte_unit, second_unit
@@ -38,12 +44,18 @@ def traffic_plots(rounds: Rounds) -> list[Plot]:
 
 
 def _traffic_by_round(rounds: Rounds, uplink: Any, downlink: Any) -> Plot:
+    are_many = len(rounds) > MAX_MARKED_ROUNDS
+
     def draw(axes: Axes) -> None:
         factor, unit = byte_unit(max(uplink.max(), downlink.max()))
-        # Two bars side by side, up and down.
         positions = np.array([record.round for record in rounds])
-        axes.bar(positions - 0.2, uplink / factor, 0.38, color=SERIES[0])
-        axes.bar(positions + 0.2, downlink / factor, 0.38, color=SERIES[1])
+        if are_many:
+            axes.plot(positions, uplink / factor, color=SERIES[0], linewidth=1.4)
+            axes.plot(positions, downlink / factor, color=SERIES[1], linewidth=1.4)
+        else:
+            # Two bars side by side, up and down.
+            axes.bar(positions - 0.2, uplink / factor, 0.38, color=SERIES[0])
+            axes.bar(positions + 0.2, downlink / factor, 0.38, color=SERIES[1])
         round_axes(axes, f"all clients ({unit})", from_zero=True)
 
     data: list[Sequence[Any]] = [("round", "client", "uplink_bytes", "downlink_bytes")]
@@ -53,9 +65,10 @@ def _traffic_by_round(rounds: Rounds, uplink: Any, downlink: Any) -> Plot:
             up = record.uplink_bytes.get(client, 0)
             down = record.downlink_bytes.get(client, 0)
             data.append((record.round, client, up, down))
+    shape = "thick" if are_many else "bar"
     legend = (
-        Key("up, clients to server", SERIES[0], "bar"),
-        Key("down, server to clients", SERIES[1], "bar"),
+        Key("up, clients to server", SERIES[0], shape),
+        Key("down, server to clients", SERIES[1], shape),
     )
     return make_plot(
         "bytes", "Bytes by round", draw, caption=TRAFFIC_CAPTION, data=data, legend=legend
@@ -74,7 +87,12 @@ def _traffic_so_far(rounds: Rounds, uplink: Any, downlink: Any) -> Plot:
             (downlink_sum, SERIES[1], "s"),
         ):
             axes.plot(
-                numbers, values / factor, color=color, linewidth=2.2, marker=marker, markersize=4
+                numbers,
+                values / factor,
+                color=color,
+                linewidth=2.2,
+                marker=marker_of(numbers, marker),
+                markersize=4,
             )
         round_axes(axes, f"so far ({unit})", from_zero=True)
 
@@ -104,17 +122,14 @@ def seconds_plot(rounds: Rounds) -> Plot | None:
         # Each phase is stacked on the previous one.
         bottom = np.zeros(len(numbers))
         for position in range(len(phases)):
-            heights = times[:, position] / factor
-            axes.bar(
-                numbers,
-                heights,
-                0.7,
-                bottom,
-                color=color_of(position),
-                edgecolor=PAPER,
-                linewidth=0.5,
-            )
-            bottom += heights
+            top = bottom + times[:, position] / factor
+            color = color_of(position)
+            if len(numbers) > MAX_MARKED_ROUNDS:
+                axes.fill_between(numbers, bottom, top, step="mid", color=color, linewidth=0)
+            else:
+                heights = top - bottom
+                axes.bar(numbers, heights, 0.7, bottom, color=color, edgecolor=PAPER, linewidth=0.5)
+            bottom = top
         round_axes(axes, f"time ({unit})", from_zero=True)
 
     data: list[Sequence[Any]] = [("round", *phases)]

@@ -17,6 +17,8 @@ Curve = list[tuple[int, float]]
 NUM_CLIENT_COLORS = len(SERIES)
 # If there are more clients than this, they are drawn as a band.
 MAX_CLIENT_CURVES = 60
+# Of more rounds than this, points and bars run into each other; they are drawn as lines and areas.
+MAX_MARKED_ROUNDS = 60
 # How far an axis of percentages goes beyond 0 and 100 %, in points.
 PERCENT_MARGIN = 2.0
 # The most characters of a name on an axis; a legend allows twice as many.
@@ -38,7 +40,15 @@ def draw_curves(axes: Axes, curve: Curve, clients: dict[str, Curve]) -> None:
     else:
         _draw_client_lines(axes, clients)
     if curve:
-        axes.plot(*zip(*curve, strict=True), color=INK, linewidth=2.6, marker="o", markersize=4.5)
+        marker = marker_of(curve)
+        axes.plot(
+            *zip(*curve, strict=True), color=INK, linewidth=2.6, marker=marker, markersize=4.5
+        )
+
+
+def marker_of(points: Sequence[object], marker: str = "o") -> str:
+    """Return the marker of a curve with these points; none if they would run into each other."""
+    return marker if len(points) <= MAX_MARKED_ROUNDS else ""
 
 
 def _draw_client_band(axes: Axes, clients: dict[str, Curve]) -> None:
@@ -71,7 +81,7 @@ def _draw_client_lines(axes: Axes, clients: dict[str, Curve]) -> None:
             color=SOFT if are_many else color_of(position),
             linewidth=0.8 if are_many else 1.2,
             alpha=0.6 if are_many else 0.95,
-            marker="" if are_many and len(curve) > 1 else "o",
+            marker="" if are_many and len(curve) > 1 else marker_of(curve),
             markersize=2.5,
         )
 

@@ -9,7 +9,13 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from fedmomentum.formats.round_record import RoundRecord
-from fedmomentum.report.figures.curves import Curve, finite, limit_percent, round_axes
+from fedmomentum.report.figures.curves import (
+    Curve,
+    finite,
+    limit_percent,
+    marker_of,
+    round_axes,
+)
 from fedmomentum.report.figures.svg import SERIES, Key, Plot, make_plot
 from fedmomentum.results.formatting import shorten
 
@@ -78,7 +84,11 @@ def metric_plot(
 
     def draw(axes: Axes) -> None:
         axes.plot(
-            *zip(*curve, strict=True), color=SERIES[0], linewidth=2.2, marker="o", markersize=4
+            *zip(*curve, strict=True),
+            color=SERIES[0],
+            linewidth=2.2,
+            marker=marker_of(curve),
+            markersize=4,
         )
         round_axes(axes, texts.axis_label)
         if as_percent:
@@ -141,7 +151,7 @@ def _draw_line(axes: Axes, line: Line, curve: Curve) -> None:
         color=line.color,
         linewidth=2,
         linestyle="--" if line.shape == "dashed" else "-",
-        marker="o",
+        marker=marker_of(curve),
         markersize=3.5,
     )
 
