@@ -45,6 +45,8 @@ MAX_PROBE = 1e12
 """The largest probe: a bilinear form of Gaussian vectors has about the matrix's Frobenius norm."""
 MAX_SECONDS = 1e9
 """The longest accepted time: thirty years."""
+DIVERGED = "Its training diverged: lower the learning rate, or set max_grad_norm"
+"""The usual cause of numbers that are too large, and what to do."""
 
 
 def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: str) -> None:
@@ -73,9 +75,10 @@ def check_measurements(tensors: Mapping[str, Tensor], num_modules: int, name: st
             raise PayloadError(f"{name}: {key} is {got}; wanted {size} numbers in float64")
         # Not `values.abs() > largest`, which would let NaN through.
         if not bool((values.abs() <= largest).all()):
+            cause = f" {DIVERGED}" if key == EFFECTIVE_PROBES else ""
             raise PayloadError(
                 f"{name}: {key} holds NaN, Inf or a number beyond {largest:g}; wanted {size} "
-                "numbers"
+                f"numbers.{cause}"
             )
     if bool((tensors[SECONDS] < 0).any()):
         raise PayloadError(f"{name}: {SECONDS} holds a time below 0")
@@ -96,7 +99,8 @@ def check_training(result: TrainResult, name: str) -> None:
         value = getattr(result, key)
         if value is not None and abs(value) > MAX_LOSS:
             raise PayloadError(
-                f"{name}: its {key} is {value:g}; wanted at most {MAX_LOSS:g} nats a token"
+                f"{name}: its {key} is {value:g}; wanted at most {MAX_LOSS:g} nats a token. "
+                f"{DIVERGED}"
             )
 
 
@@ -111,8 +115,7 @@ def check_magnitude(update: Adapter) -> None:
         if not largest <= MAX_ELEMENT:
             raise AdapterError(
                 f"{update.name}: tensor {key} holds a number of size {largest:.3g}; at most "
-                f"{MAX_ELEMENT:g} is accepted. Its training diverged: lower the learning rate, or "
-                "set max_grad_norm"
+                f"{MAX_ELEMENT:g} is accepted. {DIVERGED}"
             )
 
 

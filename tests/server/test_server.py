@@ -455,6 +455,7 @@ def test_impossible_evaluations_are_refused_by_name(folder, tmp_path):
     with_faults(config, tmp_path / "nan", {"site1": nan}, kind="evaluate")
     row = timeless(tmp_path / "nan")[1]
     assert row["exactness_error"] < 1e-4 and "probe.effective holds NaN" in row["failures"]["site1"]
+    assert "lower the learning rate" in row["failures"]["site1"]
 
 
 def test_clients_without_held_out_examples_take_part(folder, tmp_path):
