@@ -15,10 +15,6 @@ from msgspec import Meta
 
 from fedmomentum.errors import FedMomentumError, ModelError
 from fedmomentum.formats.manifest import Fingerprint
-from fedmomentum.formats.metrics_file import METRICS as METRICS
-from fedmomentum.formats.metrics_file import check_metrics as check_metrics
-from fedmomentum.formats.metrics_file import metrics_prefix as metrics_prefix
-from fedmomentum.formats.metrics_file import read_metrics as read_metrics
 from fedmomentum.utils.records import parse_record, read_file
 from fedmomentum.utils.schema import Count, Fraction, Hash, Seed, check_free_form
 

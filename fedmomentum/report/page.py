@@ -133,6 +133,7 @@ def _content(run: RunResults) -> dict[str, Any]:
             finished=is_finished,
             client=_example_client(run),
             is_classifier=bool(run.plan.labels),
+            is_served=run.is_served,
         ),
         **_plots(run, summary),
     }
@@ -262,7 +263,7 @@ def _example_client(run: RunResults) -> str | None:
 
 
 def _commands(
-    name: str, *, finished: bool, client: str | None, is_classifier: bool
+    name: str, *, finished: bool, client: str | None, is_classifier: bool, is_served: bool
 ) -> list[tuple[str, str]]:
     """Return titled commands for using the run, ready to paste into a shell.
 
@@ -271,22 +272,22 @@ def _commands(
         finished: Whether all rounds are done.
         client: One of the clients, if each has its own model.
         is_classifier: Whether the model predicts labels instead of generating text.
+        is_served: Whether the clients were on other machines; the base model may not be on this
+            one, so the commands have a placeholder for its directory.
     """
-    client_option = [] if client is None else ["--client", client]
-    use = shlex.join(["fedmomentum", "generate", name, *client_option]) + ' --prompt "..."'
+    options = [] if client is None else ["--client", client]
+    resume = ["run", f"{name}/config.toml", "--resume", "--out", name]
+    if is_served:
+        options += ["--base", "BASE-DIRECTORY"]
+        resume = ["serve", f"{name}/config.toml", "--resume", "--out", name, "--keys", "KEYS"]
+    use = shlex.join(["fedmomentum", "generate", name, *options]) + ' --prompt "..."'
     if is_classifier:
-        use = shlex.join(["fedmomentum", "evaluate", name, *client_option]) + " --data FILE"
-    export = ["export", name, *client_option]
+        use = shlex.join(["fedmomentum", "evaluate", name, *options]) + " --data FILE"
+    export = ["export", name, *options]
     commands = {
         "Merged model, loads anywhere": [*export, "--to", "merged", "--out", f"{name}-merged"],
         "Adapter for the base model": [*export, "--to", "adapter", "--out", f"{name}-adapter"],
-        "Resume after an interruption" if finished else "Finish this run": [
-            "run",
-            f"{name}/config.toml",
-            "--resume",
-            "--out",
-            name,
-        ],
+        "Resume after an interruption" if finished else "Finish this run": resume,
     }
     lines = [("Try the model", use)]
     for purpose, arguments in commands.items():

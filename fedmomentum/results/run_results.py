@@ -23,6 +23,7 @@ from fedmomentum.formats.manifest import ModelFile, RunState
 from fedmomentum.formats.metrics_file import METRICS, check_metrics, parse_record_line, read_metrics
 from fedmomentum.formats.round_record import RoundRecord
 from fedmomentum.formats.run_files import EnvironmentFile, PartitionFile, PlanFile, read_facts
+from fedmomentum.formats.status_file import read_status
 from fedmomentum.results.benchmarks import BenchmarkResults, current_benchmarks
 from fedmomentum.utils.records import read_file, read_record
 from fedmomentum.utils.text import CONTROL_CHARACTERS
@@ -51,6 +52,7 @@ class RunResults:
         rounds: One record per round, in order; the first is usually the base model's evaluation.
         checkpoint: The last checkpoint's manifest; None in a copy without checkpoints.
         benchmarks: Scores on standard benchmarks; None if there are none.
+        is_served: Whether the clients were on other machines.
     """
 
     name: str
@@ -61,6 +63,7 @@ class RunResults:
     rounds: list[RoundRecord]
     checkpoint: ModelFile | None
     benchmarks: BenchmarkResults | None = None
+    is_served: bool = False
 
     @property
     def is_finished(self) -> bool:
@@ -98,6 +101,11 @@ class RunResults:
                 raise ModelError(
                     f"{directory} is the directory of a run, but its {missing} is missing; restore "
                     "it from a copy"
+                ) from None
+            if any(directory.glob("*/seed-*/config.toml")):
+                raise ModelError(
+                    f"{directory} is the directory of a comparison that is not finished; the same "
+                    "`fedmomentum compare` continues it"
                 ) from None
             raise ModelError(
                 f"{directory} has no {missing}, so it is not the directory of a run. Give the "
@@ -147,7 +155,17 @@ def _read(directory: Path, may_be_empty: bool) -> RunResults:
         rounds=rounds,
         checkpoint=checkpoint,
         benchmarks=current_benchmarks(scores, directory, rounds) if scores else None,
+        is_served=_is_served(directory),
     )
+
+
+def _is_served(directory: Path) -> bool:
+    """Return whether a server for clients on other machines has written the run's status."""
+    try:
+        return read_status(directory).networked
+    # Runs on one machine have a status only if they were watched.
+    except ModelError:
+        return False
 
 
 def _read_benchmarks(path: Path) -> BenchmarkFile | None:

@@ -22,6 +22,7 @@ from fedmomentum.formats.withheld import NOISED_ONLY, PHRASES, SUMS_ONLY
 from fedmomentum.report import write_report
 from fedmomentum.results.run_results import RunResults
 from fedmomentum.results.summary import summarize_run
+from fedmomentum.server.status import StatusWriter
 from tests.report.folders import PHASES, records, row, write_record, write_run
 
 CLIENTS = [f"client-{k}" for k in range(4)]
@@ -141,6 +142,21 @@ def test_headline_sections_and_commands(whole):
     assert 'name = "fedmomentum"' in page.text and "2.13.0+cpu" in page.text
     assert "A round's score is over 96 to 240 examples" in page.text
     assert "still going" not in page.text
+
+
+def test_a_served_run_is_resumed_by_its_server_and_used_where_the_base_is(tmp_path):
+    clients = ("north", "south")
+    folder = write_run(tmp_path / "run", [row(0, clients, ["a"]), row(1, clients, ["a"])], clients)
+    StatusWriter(folder, 1, networked=False).close()
+    assert "fedmomentum run run/config.toml --resume --out run" in write_report(folder).read_text()
+    StatusWriter(folder, 1).close()
+    page = write_report(folder).read_text()
+    for command in (
+        "fedmomentum serve run/config.toml --resume --out run --keys KEYS",
+        "fedmomentum generate run --base BASE-DIRECTORY --prompt",
+        "fedmomentum export run --base BASE-DIRECTORY --to merged --out run-merged",
+    ):
+        assert command in page
 
 
 def test_data_beside_the_plots_equals_the_rows(whole):
