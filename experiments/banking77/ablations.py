@@ -7,7 +7,7 @@
 The task, the seeds 8 to 15 and the rule for learning rates are those of moments.py. What is changed
 is FedMomentum with the Procrustes split, shared moments and a merged residual, one of its variants.
 
-One thread, half a minute a run, some 130 runs a setting. The result is one line a run in
+One thread, half a minute a run, some 160 runs a setting. The result is one line a run in
 ablations-few.csv and ablations-many.csv under `--table`, by default results/: a run that is there
 is not made again. ablations_figures.py makes the table.
 """
