@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 # glibc's ids of two `mallopt` settings: how much freed memory it keeps at the top of the heap, and
@@ -37,8 +39,10 @@ CPU_LIMITS = (
     ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
 )
 """Files with a container's CPU limit: quota and period in one file or in two."""
-# How long until a signal whose exception Python has ignored is sent again.
+# How long until a signal that was postponed, or whose exception Python has ignored, is sent again.
 REPEAT_SECONDS = 0.05
+# The longest that imports postpone an interruption. Some take many seconds on a busy machine.
+IMPORT_SECONDS = 20.0
 
 
 class Interruption:
@@ -51,9 +55,15 @@ class Interruption:
     def __init__(self) -> None:
         self.came = False
         self._signal: int = signal.SIGINT
+        self._postponed_at: float | None = None
+        self._is_repeated = False
 
     def listen(self, *, although_ignored: bool = False) -> None:
         """Handle SIGINT and SIGTERM from now on.
+
+        A signal during an import takes effect after it: in the middle of one, the exception can
+        abort the process, if C++ code of a library does not expect it, or leave half a module
+        behind. A second signal does not wait.
 
         Args:
             although_ignored: Handle SIGINT even if the parent process set it to be ignored. A shell
@@ -66,10 +76,23 @@ class Interruption:
         signal.signal(signal.SIGTERM, self._interrupt)
         sys.unraisablehook = self._repeat_if_lost
 
-    def _interrupt(self, signum: int, frame: Any) -> None:
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        is_repeated = self._is_repeated
+        self._is_repeated = False
         self.came = True
         self._signal = signum
+        if _is_importing(frame) and self._may_wait(is_repeated):
+            self._repeat()
+            return
+        self._postponed_at = None
         raise KeyboardInterrupt
+
+    def _may_wait(self, is_repeated: bool) -> bool:
+        """Return whether a signal may be postponed, again if it is one that was."""
+        if self._postponed_at is None:
+            self._postponed_at = time.monotonic()
+            return True
+        return is_repeated and time.monotonic() - self._postponed_at < IMPORT_SECONDS
 
     def _repeat_if_lost(self, unraisable: sys.UnraisableHookArgs) -> None:
         """Resend the signal if its exception was raised where Python ignores exceptions.
@@ -79,12 +102,29 @@ class Interruption:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             sys.__unraisablehook__(unraisable)
             return
-        timer = threading.Timer(REPEAT_SECONDS, os.kill, (os.getpid(), self._signal))
+        self._repeat()
+
+    def _repeat(self) -> None:
+        """Send the signal to this process again, after a moment."""
+        timer = threading.Timer(REPEAT_SECONDS, self._send)
         timer.daemon = True
         timer.start()
 
+    def _send(self) -> None:
+        self._is_repeated = True
+        os.kill(os.getpid(), self._signal)
+
 
 INTERRUPTION = Interruption()
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether a frame is part of an import."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @cache

@@ -381,6 +381,45 @@ def test_a_signal_that_python_ignores_in_a_finalizer_is_raised_again(name):
     assert done.stderr == "" and done.returncode == 0
 
 
+SLOW_MODULE = """
+import os, signal, time
+for _ in range({num_signals}):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.5)
+print("imported", flush=True)
+"""
+IMPORTING = """
+import sys, time
+from fedmomentum.utils.process import Interruption
+interruption = Interruption()
+interruption.listen(although_ignored=True)
+try:
+    import slow
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("came", interruption.came, "slow" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_signals", "printed"),
+    [(1, ["imported", "came", "True", "True"]), (2, ["came", "True", "False"])],
+)
+def test_a_signal_during_an_import_waits_for_its_end_and_a_second_one_does_not(
+    tmp_path, num_signals, printed
+):
+    (tmp_path / "slow.py").write_text(SLOW_MODULE.format(num_signals=num_signals))
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"},
+    )
+    assert done.stdout.split() == printed
+    assert done.stderr == "" and done.returncode == 0
+
+
 def test_ctrl_c_that_a_library_turns_into_another_error_still_ends_with_130(
     job, tmp_path, call, monkeypatch
 ):
