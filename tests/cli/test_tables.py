@@ -12,8 +12,8 @@ from fedmomentum.formats.benchmark_file import (
     MetricScore,
     ModelScores,
     TaskResult,
-    TaskSettings,
 )
+from tests.formats.test_benchmark_file import SETTINGS
 
 NAME = "fedmomentum:split=procrustes;training.optimizer-state=shared"
 NUMBERS = ("100.0 [56.6, 100.0]", "−20.0 [−52.4, +23.9]", "4.928 -> 4.107")
@@ -56,20 +56,7 @@ def task_result():
         )
         for model, server_round in (("base", None), ("federated", 3))
     ]
-    settings = TaskSettings(
-        sha256="1" * 64,
-        base=None,
-        tokenizer=None,
-        limit=None,
-        num_fewshot=0,
-        chat=False,
-        truncate=False,
-        batch_size=1,
-        dtype="float32",
-        device="cpu",
-        lm_eval="0",
-    )
-    return TaskResult(task="gsm8k", settings=settings, models=models)
+    return TaskResult(task="gsm8k", settings=SETTINGS, models=models)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
