@@ -10,9 +10,9 @@ training is of this experiment's own, so numbers can be compared with other peop
 clients, each with its own few intents (Dirichlet 0.3); accuracy and macro F1 on the test set of
 Banking77, which is divided among the clients.
 
-A run of 600 steps takes some 2 minutes of one thread on a processor that has bfloat16 instructions,
-and several times as long on one that has none; all 14 methods over three seeds take an hour and a
-half. Stopped and started again, it continues with the run it was in. All methods have the
+A run of 600 steps takes 2 to 4 minutes of one thread on a processor that has bfloat16 instructions,
+and several times as long on one that has none; all 14 methods over three seeds take some two hours.
+Stopped and started again, it continues with the run it was in. All methods have the
 learning rate of classifier.toml, which is tuned for none of them; `experiment.py` gives each method
 its own. `--publish` writes the scores to results/classifier.csv; without `--data` only the table of
 those is printed.
