@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,30 +147,10 @@ def train(
     )
 
 
-def train_with_first_moments(
-    model: nn.Module,
-    examples: TokenizedExamples,
-    *,
-    moments: Mapping[str, Moments] | None = None,
-    **keywords: Any,
-) -> TrainReport:
-    """Train as `train` does, with second moments that are new every round."""
-    return train(
-        model, examples, moments=moments, start_optimizer=one_moment.carry_first, **keywords
-    )
-
-
-def train_with_second_moments(
-    model: nn.Module,
-    examples: TokenizedExamples,
-    *,
-    moments: Mapping[str, Moments] | None = None,
-    **keywords: Any,
-) -> TrainReport:
-    """Train as `train` does, with first moments that are new every round."""
-    return train(
-        model, examples, moments=moments, start_optimizer=one_moment.carry_second, **keywords
-    )
+train_with_first_moments = partial(train, start_optimizer=one_moment.carry_first)
+"""Trains as `train` does, with second moments that are new every round."""
+train_with_second_moments = partial(train, start_optimizer=one_moment.carry_second)
+"""Trains as `train` does, with first moments that are new every round."""
 
 
 # ── made once ─────────────────────────────────────────────────────────────────────────────────────

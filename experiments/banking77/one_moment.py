@@ -1,9 +1,9 @@
-"""AdamW that continues with one of its two moments, and makes the other anew every round.
+"""AdamW that continues with one of its two moments, and starts the other from zero in every round.
 
-AdamW corrects both moments for having started at zero by one count of steps. Here the moment that is
-carried over is t + k steps old in step k of a round, and the other one k steps old. So the optimizer
-keeps the count t + k, and the learning rate of step k makes up for what that gets wrong about the
-new moment.
+AdamW corrects both moments for having started at zero, and counts the steps of both together. In
+step k of a round, the moment that is carried over has t + k steps behind it, and the other one k.
+The optimizer counts t + k, so its correction of the new moment is off by a known factor, and the
+learning rate of the step is multiplied by that factor.
 """
 
 import math
@@ -33,12 +33,11 @@ def carry_first(
     carried = {}
     for name, value in moments.items():
         carried[name] = replace(value, second=torch.zeros_like(value.first))
-    set_moments(optimizer, parameters, carried)
-    _scale_steps(
-        optimizer,
-        _num_steps(moments),
-        lambda new, all_steps: math.sqrt((1 - beta2**new) / (1 - beta2**all_steps)),
-    )
+
+    def factor(new_steps: int, all_steps: int) -> float:
+        return math.sqrt((1 - beta2**new_steps) / (1 - beta2**all_steps))
+
+    _start(optimizer, parameters, carried, factor)
 
 
 def carry_second(
@@ -53,30 +52,36 @@ def carry_second(
     carried = {}
     for name, value in moments.items():
         carried[name] = replace(value, first=torch.zeros_like(value.first))
-    set_moments(optimizer, parameters, carried)
-    _scale_steps(
-        optimizer,
-        _num_steps(moments),
-        lambda new, all_steps: (1 - beta1**all_steps) / (1 - beta1**new),
-    )
+
+    def factor(new_steps: int, all_steps: int) -> float:
+        return float((1 - beta1**all_steps) / (1 - beta1**new_steps))
+
+    _start(optimizer, parameters, carried, factor)
 
 
-def _num_steps(moments: Mapping[str, Moments]) -> int:
-    """Return the number of steps behind the moments, which all parameters have made together."""
-    return max((value.step for value in moments.values()), default=0)
-
-
-def _scale_steps(
-    optimizer: Optimizer, num_before: int, factor: Callable[[int, int], float]
+def _start(
+    optimizer: Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    moments: Mapping[str, Moments],
+    factor: Callable[[int, int], float],
 ) -> None:
-    """Multiply the learning rate of each step by a factor of the steps in this round and of all."""
+    """Give an optimizer moments, and multiply the learning rate of each of its steps.
+
+    Args:
+        optimizer: The optimizer.
+        parameters: The parameters that it trains, by name.
+        moments: The moments, all of the same number of steps.
+        factor: Returns the factor of a step, from the number of steps in this round and in all.
+    """
+    set_moments(optimizer, parameters, moments)
+    steps_before = max((value.step for value in moments.values()), default=0)
     rates = [group["lr"] for group in optimizer.param_groups]
-    num_new = 0
+    new_steps = 0
 
     def scale(*_: Any) -> None:
-        nonlocal num_new
-        num_new += 1
+        nonlocal new_steps
+        new_steps += 1
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor(num_new, num_before + num_new)
+            group["lr"] = rate * factor(new_steps, steps_before + new_steps)
 
     optimizer.register_step_pre_hook(scale)

@@ -96,7 +96,7 @@ def data(
                 OUT.print()
             try:
                 report = report_data(
-                    source, split, settings, tokenizer, is_of_run=config is not None
+                    source, split, settings, tokenizer, is_run_config=config is not None
                 )
             except DataError as error:
                 num_broken += 1

@@ -16,7 +16,7 @@ from fedmomentum.config.data import BUILT_IN_SOURCE, DataConfig
 from fedmomentum.config.schema import CAUSAL_LM, CLASSIFICATION
 from fedmomentum.data.builtin_tasks import DEFAULT_TASKS, task_examples
 from fedmomentum.data.examples import ClientData, Example
-from fedmomentum.data.label_columns import column_texts, warn_of_alike, with_units
+from fedmomentum.data.label_columns import column_texts, warn_of_lookalikes, with_units
 from fedmomentum.data.labeled_texts import to_labeled_examples
 from fedmomentum.data.partition import divide_in_proportion, partition
 from fedmomentum.data.prompts import (
@@ -168,7 +168,7 @@ def row_owners(rows: Rows, config: DataConfig) -> Sequence[str] | None:
     if not config.client_column:
         return None
     owners = column_texts(rows, config.client_column, where=config.source)
-    warn_of_alike(owners, config.client_column, config.source)
+    warn_of_lookalikes(owners, config.client_column, config.source)
     for number, owner in enumerate(owners, start=1):
         where = f"{config.source}, row {number}, column {config.client_column!r}"
         check_client_name(owner, where, DataError)

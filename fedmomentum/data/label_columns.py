@@ -84,7 +84,7 @@ def _label(value: Any, label_names: Sequence[str] | None, place: str) -> str | i
     return value.strip() if isinstance(value, str) else value
 
 
-def warn_of_alike(labels: Iterable[str], column: str, where: str) -> None:
+def warn_of_lookalikes(labels: Iterable[str], column: str, where: str) -> None:
     """Warn of labels of a column that look alike: in another case, or in other Unicode characters.
 
     An accented letter can be one character or two, depending on the system that wrote it.
@@ -163,5 +163,5 @@ def with_units(
     if column is None:
         return list(examples)
     units = column_texts(rows, column, where=where)
-    warn_of_alike(units, column, where)
+    warn_of_lookalikes(units, column, where)
     return [replace(example, unit=unit) for example, unit in zip(examples, units, strict=True)]

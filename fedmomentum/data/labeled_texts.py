@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedmomentum.data.columns import resolve_names
 from fedmomentum.data.encoding import TEXTS_PER_CALL
 from fedmomentum.data.examples import MAX_CATEGORIES, Example, Prompt, TextPair
-from fedmomentum.data.label_columns import column_texts, warn_of_alike
+from fedmomentum.data.label_columns import column_texts, warn_of_lookalikes
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.tokenized import TokenizedExamples
 from fedmomentum.errors import DataError
@@ -63,7 +63,7 @@ def to_labeled_examples(
             f"{prefix}column {label_column!r} has {len(set(labels))} different values, more than "
             f"{MAX_CATEGORIES}; a label is what many rows have in common"
         )
-    warn_of_alike(labels, label_column, where)
+    warn_of_lookalikes(labels, label_column, where)
     # Row by row, so that error messages can name the row.
     values = [rows[name] for name in names]
     examples = []

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 
 from fedmomentum.data.columns import find_format, resolve_names
 from fedmomentum.data.examples import MAX_CATEGORIES, Example
-from fedmomentum.data.label_columns import column_texts, file_prefix, read_column, warn_of_alike
+from fedmomentum.data.label_columns import (
+    column_texts,
+    file_prefix,
+    read_column,
+    warn_of_lookalikes,
+)
 from fedmomentum.data.row_formats import Cells, is_empty, parse_row
 from fedmomentum.data.rows import Rows
 from fedmomentum.data.rows import read_rows as read_rows
@@ -86,7 +91,7 @@ def to_examples(
     categories = [""] * rows.num_rows
     if category_column:
         categories = column_texts(rows, category_column, where=where)
-        warn_of_alike(categories, category_column, where)
+        warn_of_lookalikes(categories, category_column, where)
     num_categories = len(set(categories))
     if num_categories > MAX_CATEGORIES:
         raise DataError(

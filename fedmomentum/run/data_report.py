@@ -114,7 +114,7 @@ def load_tokenizer_of(model: ModelConfig) -> Any:
 
 
 def report_data(
-    source: str, split: str, config: Config, tokenizer: Any, *, is_of_run: bool = False
+    source: str, split: str, config: Config, tokenizer: Any, *, is_run_config: bool = False
 ) -> DataReport:
     """Read a source as a run would, and report what is found.
 
@@ -123,7 +123,8 @@ def report_data(
         split: The split to read, if the source has several.
         config: How to read it, and how long examples may be.
         tokenizer: The base model's tokenizer.
-        is_of_run: Whether the configuration is a run's, whose objective the examples must suit.
+        is_run_config: Whether the configuration is that of a run; the examples must suit its
+            objective.
 
     Raises:
         DataError: If it cannot be used; the message names row and column.
@@ -142,8 +143,9 @@ def report_data(
         max_truncated_fraction=1,
         loss_on=config.training.loss_on,
     )
-    if is_of_run:
+    if is_run_config:
         check_pairs(tokens, make_objective(config.training, labels), source)
+    # Which clients the source names, and which columns a run reads besides the text.
     owners = rows.owners
     used = {config.data.category_column}
     if config.privacy.dp is not None:

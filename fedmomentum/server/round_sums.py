@@ -150,7 +150,7 @@ class RoundSums:
             raise QuorumError(
                 f"round {server_round}: {len(clients)} clients are left for a sum, and {threshold} "
                 f"are needed ({reasons or 'no others are connected'}). Rounds up to "
-                f"{server_round - 1} are saved; mend the clients and resume"
+                f"{server_round - 1} are saved; fix the clients and resume"
             )
         return threshold
 

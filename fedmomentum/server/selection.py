@@ -67,7 +67,7 @@ def check_quorum(
     raise QuorumError(
         f"round {server_round}: {num_valid} of {num_asked} clients gave a usable update, and "
         f"at least {needed} must ({joined_reasons(failures)}). Rounds up to {server_round - 1} "
-        "are saved; mend the clients and resume, or lower federation.min-valid-fraction"
+        "are saved; fix the clients and resume, or lower federation.min-valid-fraction"
     )
 
 

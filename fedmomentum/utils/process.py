@@ -55,7 +55,7 @@ class Interruption:
     def __init__(self) -> None:
         self.came = False
         self._signal: int = signal.SIGINT
-        self._postponed_at: float | None = None
+        self._raises_at: float | None = None
         self._is_repeated = False
 
     def listen(self, *, although_ignored: bool = False) -> None:
@@ -81,18 +81,15 @@ class Interruption:
         self._is_repeated = False
         self.came = True
         self._signal = signum
-        if _is_importing(frame) and self._may_wait(is_repeated):
+        now = time.monotonic()
+        is_second = self._raises_at is not None and not is_repeated
+        if self._raises_at is None:
+            self._raises_at = now + IMPORT_SECONDS
+        if _is_importing(frame) and not is_second and now < self._raises_at:
             self._repeat()
             return
-        self._postponed_at = None
+        self._raises_at = None
         raise KeyboardInterrupt
-
-    def _may_wait(self, is_repeated: bool) -> bool:
-        """Return whether a signal may be postponed, again if it is one that was."""
-        if self._postponed_at is None:
-            self._postponed_at = time.monotonic()
-            return True
-        return is_repeated and time.monotonic() - self._postponed_at < IMPORT_SECONDS
 
     def _repeat_if_lost(self, unraisable: sys.UnraisableHookArgs) -> None:
         """Resend the signal if its exception was raised where Python ignores exceptions.

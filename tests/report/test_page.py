@@ -531,5 +531,5 @@ def test_scores_that_are_withheld_are_not_said_to_be_missing(tmp_path):
         one["withheld"] = msgspec.to_builtins(NOISED_ONLY)
     private = page(tmp_path / "private", rows).text
     section = private.split("Base model against federated model")[1]
-    assert "Left out on purpose; why is said at the top" in section.split("By round")[0]
+    assert "Left out on purpose; the top of the page says why" in section.split("By round")[0]
     assert "No evaluation was recorded" not in private
