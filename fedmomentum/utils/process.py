@@ -57,6 +57,7 @@ class Interruption:
         self._signal: int = signal.SIGINT
         self._raises_at: float | None = None
         self._is_repeated = False
+        self._timer: threading.Timer | None = None
 
     def listen(self, *, although_ignored: bool = False) -> None:
         """Handle SIGINT and SIGTERM from now on.
@@ -89,6 +90,9 @@ class Interruption:
             self._repeat()
             return
         self._raises_at = None
+        # A signal that still waits must not interrupt the cleanup.
+        if self._timer is not None:
+            self._timer.cancel()
         raise KeyboardInterrupt
 
     def _repeat_if_lost(self, unraisable: sys.UnraisableHookArgs) -> None:
@@ -103,9 +107,9 @@ class Interruption:
 
     def _repeat(self) -> None:
         """Send the signal to this process again, after a moment."""
-        timer = threading.Timer(REPEAT_SECONDS, self._send)
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(REPEAT_SECONDS, self._send)
+        self._timer.daemon = True
+        self._timer.start()
 
     def _send(self) -> None:
         self._is_repeated = True

@@ -385,7 +385,8 @@ SLOW_MODULE = """
 import os, signal, time
 for _ in range({num_signals}):
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(0.02)
+time.sleep(0.5)
 print("imported", flush=True)
 """
 IMPORTING = """
@@ -398,12 +399,14 @@ try:
     time.sleep(30)
 except KeyboardInterrupt:
     print("came", interruption.came, "slow" in sys.modules)
+    time.sleep(0.3)
+    print("ended")
 """
 
 
 @pytest.mark.parametrize(
     ("num_signals", "printed"),
-    [(1, ["imported", "came", "True", "True"]), (2, ["came", "True", "False"])],
+    [(1, ["imported", "came", "True", "True", "ended"]), (2, ["came", "True", "False", "ended"])],
 )
 def test_a_signal_during_an_import_waits_for_its_end_and_a_second_one_does_not(
     tmp_path, num_signals, printed
